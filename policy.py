@@ -1,0 +1,422 @@
+"""The LLM being guided (§2.2, B.3): samples next steps, or whole solutions, for many partial solutions at once.
+
+A solution is a path in a tree: the root holds the prompt, every other node one step. Each node keeps the keys and
+values of its own tokens only; a batch is put together by concatenating them along each path. So a prompt is encoded
+once however many samples are drawn from it, a prefix shared by two nodes is computed once, and beams that are dropped
+or branch again need no copying rules. The PRM (prm_model.py) uses the same cache for its own keys and values.
+
+Any Hugging Face causal LM will do: a local folder or a hub id; or a server that speaks OpenAI's /v1/completions
+(vLLM, SGLang, llama.cpp, `transformers serve`), which shares prefixes by itself.
+
+    policy = load_policy("tiny/A")
+    root = policy.root("problem-7", "Ann has 7 shells. In January she finds 5. ...")
+    steps = policy.propose([root], 4)[0]      # 4 sampled next steps
+    ends = policy.complete(steps, 2)          # 2 whole solutions from each of them
+
+Shapes: B rows, M new tokens, P prefix tokens, L layers, H key-value heads, D head dimension, V vocabulary.
+"""
+import hashlib
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import Cache, DynamicLayer
+
+# Asked of models with a chat template. Without one the prompt is the question and a separator.
+INSTRUCTION = {"math": "Solve step by step, with an empty line between steps. "
+                       "Put the final answer in \\boxed{} at the end.",
+               "code": "First explain the idea in short steps with an empty line between them, "
+                       "then give the whole program in one ```python block."}
+
+
+@dataclass(eq=False)  # identity, not value: two samples of the same text are two nodes
+class Node:
+    """One step of a solution, or the prompt (parent None). Everything before it is found by following `parent`."""
+    text: str                       # the step without its separator; of the root: the question
+    parent: "Node | None" = None
+    ids: list = field(default_factory=list)    # the policy's tokens, separator included
+    logp: float = 0.0               # log-probability of ids given the path, at temperature 1
+    end: str | None = None          # None: goes on. "eos" | "answer" | "length": how the solution ended
+    key: int = 0                    # the node's own random stream: hash of (seed, problem id, sample indices)
+    drawn: int = 0                  # children sampled so far: the next one has this sample index
+    depth: int = 0                  # steps from the root
+    domain: str = "math"
+    p: float | None = None          # PRM: probability that this step is correct
+    scores: list = field(default_factory=list)  # the same for each PRM of several
+    kv: dict = field(default_factory=dict)      # model -> (tokens, L, 2, H, D) keys and values of own tokens
+    hidden: dict = field(default_factory=dict)  # model -> (hidden size) last hidden state of the last token
+    prm_ids: dict = field(default_factory=dict) # PRM -> the tokens of this step as that PRM reads it
+
+    def path(self):
+        """Nodes from the first step to this one, the root left out."""
+        nodes, node = [], self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
+
+    def steps(self):
+        return [n.text for n in self.path() if n.text]
+
+    def root(self):
+        return self if self.parent is None else self.parent.root()
+
+    def tokens(self):
+        """Generated tokens on the path."""
+        return sum(len(n.ids) for n in self.path())
+
+
+def child_key(key, index):
+    """The random stream of a node's index-th sample: 63 bits that depend on nothing but the path of indices."""
+    return int.from_bytes(hashlib.blake2b(f"{key}/{index}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+# ---------------------------------------------------------------- the tree cache
+
+class RoomyLayer(DynamicLayer):
+    """A cache layer with room for the tokens to come: appending writes in place, where DynamicLayer copies it all."""
+
+    def __init__(self, keys, values, length):
+        super().__init__()
+        self.roomy_keys, self.roomy_values, self.length = keys, values, length  # (B, H, room, D), used up to length
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start, self.length = self.length, self.length + key_states.shape[2]
+        self.roomy_keys[:, :, start:self.length] = key_states
+        self.roomy_values[:, :, start:self.length] = value_states
+        return self.roomy_keys[:, :, :self.length], self.roomy_values[:, :, :self.length]
+
+    def get_seq_length(self):
+        return self.length
+
+
+class Rows:
+    """A batch of paths laid side by side, padded on the left, for one model: what one forward works on."""
+
+    def __init__(self, model, name, paths, room):
+        """paths: B lists of nodes whose keys and values are known; room: new tokens that will be appended."""
+        config, device = model.config, model.device
+        L, H = config.num_hidden_layers, config.num_key_value_heads
+        D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        parts = [[n.kv[name] for n in path if name in n.kv] for path in paths]
+        lengths = torch.tensor([sum(len(t) for t in row) for row in parts], device=device)
+        B, P = len(paths), int(lengths.max())
+        self.model, self.name, self.prefix = model, name, P
+        self.position = lengths  # (B) position of the next token
+        self.mask = torch.zeros(B, P + room, dtype=torch.bool, device=device)
+        self.mask[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
+        self.kv = torch.zeros(B, P + room, L, 2, H, D, dtype=model.dtype, device=device)
+        if P:  # one copy for the whole batch: all tokens of all paths, in the order in which the mask lists them
+            self.kv[self.mask] = torch.cat([t for row in parts for t in row])
+        self.kv = self.kv.permute(2, 3, 0, 4, 1, 5).contiguous()  # (L, 2, B, H, P + room, D)
+        self._layers(P)
+
+    def _layers(self, length):
+        self.cache = Cache(layers=[RoomyLayer(k, v, length) for k, v in self.kv])
+
+    def append(self, ids, mask=None):
+        """Run the model on ids (B, M), real where mask (B, M) and padded on the right -> last hidden states (B, M, h)."""
+        M, start = ids.shape[1], self.cache.get_seq_length()
+        self.mask[:, start:start + M] = True if mask is None else mask
+        seen = self.mask[:, None, None, :start + M]
+        if M > 1:
+            ones = torch.ones(M, start + M, dtype=torch.bool, device=ids.device)
+            seen = seen & ones.tril(diagonal=start)
+            # The padding's own rows would attend to nothing, which is NaN in some kernels: let them see themselves.
+            seen = seen | torch.eye(M, start + M, dtype=torch.bool, device=ids.device).roll(start, dims=1)
+        positions = self.position[:, None] + torch.arange(M, device=ids.device)
+        out = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=self.cache,
+                         use_cache=True)
+        self.position = self.position + (M if mask is None else mask.sum(1))
+        return out.last_hidden_state
+
+    def new_kv(self, row, n):
+        """Keys and values of the first n appended tokens of a row: (n, L, 2, H, D), a copy that outlives the batch."""
+        return self.kv[:, :, row, :, self.prefix:self.prefix + n].permute(3, 0, 1, 2, 4).contiguous()
+
+    def keep(self, rows):
+        """Go on with these rows (B'), in this order; a row may be named several times."""
+        self.kv, self.mask, self.position = self.kv[:, :, rows].contiguous(), self.mask[rows], self.position[rows]
+        self._layers(self.cache.get_seq_length())
+
+    def grow(self, room):
+        """Room for more tokens."""
+        length = self.cache.get_seq_length()
+        self.kv = torch.cat([self.kv, torch.zeros_like(self.kv[:, :, :, :, :1]).expand(*[-1] * 4, room, -1)], dim=4)
+        self.mask = torch.nn.functional.pad(self.mask, (0, room))
+        self._layers(length)
+
+
+def chunks(items, length, max_tokens):
+    """Split items, longest first, into batches of at most max_tokens padded tokens (one item at least)."""
+    batch = []
+    for item in sorted(items, key=length, reverse=True):
+        if batch and (len(batch) + 1) * length(batch[0]) > max_tokens:
+            yield batch
+            batch = []
+        batch.append(item)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def extend(model, name, leaves, ids_of, max_tokens):
+    """Encode every token on the paths to `leaves` that has not been -> (tokens it took, {node: hidden state (h)}).
+
+    Nodes that are missing are followed downwards in chains: a chain begins below an encoded node and ends where the
+    tree branches, so nothing is computed twice and there are as many forwards as there are branchings, not nodes.
+    ids_of(node) gives the tokens of a node for this model. The hidden state is the one of a node's last token.
+    Keys and values stay in node.kv[name] and the hidden state in node.hidden[name], except on chains that end the
+    solution: nothing will follow them.
+    """
+    todo, below, states, spent = {}, {}, {}, 0
+    for node in leaves:
+        while node is not None and name not in node.hidden and node not in todo:
+            todo[node] = None
+            if node.parent is not None:
+                below.setdefault(node.parent, []).append(node)
+            node = node.parent
+    while todo:
+        rows = []
+        for head in [n for n in todo if n.parent is None or n.parent not in todo]:
+            chain = [head]
+            while len(below.get(chain[-1], ())) == 1:
+                chain.append(below[chain[-1]][0])
+            partial = [head] if name in head.kv else []  # a generated step: all but its last token is known
+            new = [i for n in chain for i in ids_of(n)][len(head.kv.get(name, ())):]
+            rows.append(((_line(head.parent) if head.parent else []) + partial, chain, new))
+        for batch in chunks(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens):
+            spent += sum(len(new) for _, _, new in batch)
+            states.update(_extend_rows(model, name, batch, ids_of, below))
+        for _, chain, _ in rows:
+            for node in chain:
+                del todo[node]
+    return spent, states
+
+
+def _extend_rows(model, name, rows, ids_of, below):
+    """One forward for rows of (nodes before, chain of nodes to encode, their new tokens)."""
+    sizes = torch.tensor([len(new) for _, _, new in rows])
+    batch = Rows(model, name, [prefix for prefix, _, _ in rows], int(sizes.max()))
+    mask = torch.arange(int(sizes.max())) < sizes[:, None]
+    ids = torch.zeros(mask.shape, dtype=torch.long)
+    ids[mask] = torch.tensor([i for _, _, new in rows for i in new])
+    hidden = batch.append(ids.to(model.device), mask.to(model.device))
+    states = {}
+    for row, (_, chain, new) in enumerate(rows):
+        keep = chain[-1].end is None or chain[-1] in below
+        kv, at = batch.new_kv(row, len(new)) if keep else None, 0
+        for node in chain:
+            start, at = at, at + len(ids_of(node)) - len(node.kv.get(name, ()))
+            states[node] = hidden[row, at - 1].clone()
+            if keep:
+                node.kv[name] = torch.cat([*([node.kv[name]] if name in node.kv else []), kv[start:at]])
+                node.hidden[name] = states[node]
+    return states
+
+
+# ---------------------------------------------------------------- sampling
+
+def uniform(keys, t):
+    """One number in (0, 1) for each key (B) at time t: a counter-based generator, so that a row's randomness depends
+    on its key and t alone and not on the batch. SplitMix64 (Steele et al. 2014, doi 10.1145/2660193.2660195), whose
+    multiplications wrap around in int64; the right shifts are made logical by masking."""
+    def shift(x, n):
+        return (x >> n) & ((1 << (64 - n)) - 1)
+    step = (t + 1) * 0x9E3779B97F4A7C15 % (1 << 64)
+    z = keys + (step - (1 << 64) if step >> 63 else step)
+    z = (z ^ shift(z, 30)) * -4658895280553007687
+    z = (z ^ shift(z, 27)) * -7723592293110705685
+    z = z ^ shift(z, 31)
+    return (shift(z, 11).double() + 0.5) / (1 << 53)
+
+
+def sample(logits, keys, t, temperature, top_p):
+    """logits (B, V) -> tokens (B), their log-probabilities (B) under the untempered model.
+
+    Inverse transform: the first token at which the cumulative probability passes u. Ties and order are the
+    vocabulary's, so equal logits and an equal key give an equal token. temperature 0 is greedy.
+    """
+    logp = logits.float().log_softmax(-1)
+    if temperature == 0:
+        tokens = logp.argmax(-1)
+    else:
+        probs = (logits.float() / temperature).softmax(-1)
+        if top_p < 1:  # the smallest set of most probable tokens whose mass reaches top_p
+            ordered, order = probs.sort(-1, descending=True)
+            ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
+            probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
+        mass = probs.cumsum(-1)
+        u = uniform(keys, t).float()[:, None] * mass[:, -1:]
+        tokens = (mass <= u).sum(-1).clamp(max=probs.shape[-1] - 1)
+    return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+
+
+class Policy:
+    """A causal LM that proposes steps. Counters (generated, prefilled, seconds) only ever grow."""
+
+    def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0, max_step_tokens=512,
+                 max_steps=64, max_batch_tokens=65536, name="policy"):
+        self.lm, self.model, self.tokenizer, self.separator, self.name = model, model.base_model, tokenizer, separator, name
+        self.seed, self.temperature, self.top_p = seed, temperature, top_p
+        self.max_step_tokens, self.max_steps, self.max_batch_tokens = max_step_tokens, max_steps, max_batch_tokens
+        eos = model.generation_config.eos_token_id if model.generation_config else None
+        eos = eos if eos is not None else tokenizer.eos_token_id
+        self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=model.device)
+        # Only a token with a line end in it can complete a separator: all others need no look at their text.
+        strings = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+        newline = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
+        newline[[i for i, s in enumerate(strings) if "\n" in s]] = True
+        self.newline = newline.to(model.device)
+        self.generated = self.prefilled = 0
+        self.seconds = 0.0
+
+    def root(self, problem_id, question, domain="math"):
+        """The prompt of a problem as a node. The seed and the problem's id fix all that is sampled below it."""
+        if not question.strip():
+            raise ValueError(f"problem {problem_id}: the question is empty")
+        if self.tokenizer.chat_template:
+            ids = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"{question}\n\n{INSTRUCTION[domain]}"}], add_generation_prompt=True,
+                tokenize=True, return_dict=False)
+        else:
+            ids = self.tokenizer(question + self.separator, add_special_tokens=False)["input_ids"]
+        return Node(question, ids=list(ids), key=child_key(self.seed, problem_id), domain=domain)
+
+    def adopt(self, root, steps):
+        """Existing text as a path below root: its last node. Its tokens count as prefilled, not generated."""
+        node = root
+        for i, text in enumerate(steps):
+            ids = self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
+            node = Node(text, node, ids, key=child_key(node.key, f"adopted {i} {text}"), depth=node.depth + 1,
+                        domain=root.domain)
+        return node
+
+    def propose(self, nodes, n):
+        """n sampled next steps for each node (n: one number or one a node) -> a list of new nodes for each node."""
+        return self._generate(nodes, n, whole=False)
+
+    def complete(self, nodes, n):
+        """n sampled continuations to the end for each node -> for each node a list of last nodes, one a solution."""
+        return self._generate(nodes, n, whole=True)
+
+    @torch.inference_mode()
+    def _generate(self, nodes, n, whole):
+        started = time.perf_counter()
+        counts = [n] * len(nodes) if isinstance(n, int) else list(n)
+        bad = next((node for node in nodes if node.end), None)
+        if bad is not None:
+            raise ValueError(f"cannot continue a solution that has ended ({bad.end}): {bad.text!r}")
+        self.prefilled += extend(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
+        out = {node: [] for node in nodes}
+        jobs = []  # one a sample; a node asked for twice goes on numbering its samples
+        for node, count in zip(nodes, counts):
+            jobs += [(node, child_key(node.key, node.drawn + i)) for i in range(count)]
+            node.drawn += count
+        limit = self.max_step_tokens * (self.max_steps if whole else 1)
+
+        def width(job):
+            return sum(len(x.ids) for x in job[0].path()) + len(job[0].root().ids) + min(limit, 256)
+        made = {}
+        for batch in chunks(jobs, width, self.max_batch_tokens):
+            for job, (ids, logps, kv) in zip(batch, self._sample_rows(batch, whole, limit)):
+                made[job[1]] = self._nodes(job[0], job[1], ids, logps, kv, whole)
+        for node, key in jobs:
+            out[node].append(made[key])
+        self.seconds += time.perf_counter() - started
+        return [out[node] for node in nodes]
+
+    def _sample_rows(self, batch, whole, limit):
+        """The decoding loop. batch: (node, key) -> for each (token ids, log-probabilities, keys and values)."""
+        device, head = self.model.device, self.lm.get_output_embeddings()
+        parents = list(dict.fromkeys(node for node, _ in batch))  # laid out once each, then repeated
+        where = {node: i for i, node in enumerate(parents)}
+        index = torch.tensor([where[node] for node, _ in batch], device=device)
+        rows = Rows(self.model, self.name, [_line(p) for p in parents], room=min(limit, 64))
+        rows.keep(index)
+        logits = head(torch.stack([p.hidden[self.name] for p in parents]))[index]
+        keys = torch.tensor([key for _, key in batch], device=device)
+        alive = torch.arange(len(batch), device=device)  # the batch item that each row works on
+        length = torch.zeros_like(alive)                 # tokens of the rows that have stopped, 0 while they go on
+        tokens, logps = [], []                           # one (rows) tensor for each t
+        results = [None] * len(batch)
+        for t in range(limit):
+            token, logp = sample(logits, keys[alive], t, self.temperature, self.top_p)
+            tokens.append(token)
+            logps.append(logp)
+            stop = torch.isin(token, self.eos) | (t == limit - 1)
+            if not whole:
+                for row in (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0].tolist():
+                    stop[row] = _closed(self.tokenizer.decode([x[row] for x in tokens]), self.separator)
+            length = torch.where(stop & (length == 0), t + 1, length)
+            stopped = length.nonzero()[:, 0]
+            # A stopped row costs as much as a live one, and taking it out copies the cache: do so by quarters.
+            if 4 * len(stopped) >= len(alive):
+                ids, lps = torch.stack(tokens, 1), torch.stack(logps, 1)
+                for row, item, n in zip(stopped.tolist(), alive[stopped].tolist(), length[stopped].tolist()):
+                    kv = None if whole else rows.new_kv(row, n - 1)  # the last token has not been encoded yet
+                    results[item] = ids[row, :n].tolist(), lps[row, :n].tolist(), kv
+                left = (length == 0).nonzero()[:, 0]
+                if len(left) == 0:
+                    return results
+                rows.keep(left)
+                alive, length, token = alive[left], length[left], token[left]
+                tokens, logps = [x[left] for x in tokens], [x[left] for x in logps]
+            if rows.cache.get_seq_length() == rows.mask.shape[1]:
+                rows.grow(min(limit - t, 64))
+            logits = head(rows.append(token[:, None])[:, -1])
+
+    def _nodes(self, parent, key, ids, logps, kv, whole):
+        """The sampled tokens as nodes below parent, one a step; returns the last."""
+        self.generated += len(ids)
+        ended = ids[-1] in self.eos.tolist()
+        spans = _split(ids, self.tokenizer, self.separator, self.newline) if whole else [(0, len(ids))]
+        node = parent
+        for i, (a, b) in enumerate(spans):
+            text = self.tokenizer.decode(ids[a:b], skip_special_tokens=True).strip("\n")
+            node = Node(text, node, ids[a:b], sum(logps[a:b]), depth=node.depth + 1, domain=parent.domain,
+                        key=key if i == len(spans) - 1 else child_key(key, f"step {i}"))
+        separated = not whole and not ended and _closed(self.tokenizer.decode(ids), self.separator)
+        node.end = ("eos" if ended else "answer" if FINAL.search(node.text) else
+                    "length" if not separated or node.depth >= self.max_steps else None)
+        if kv is not None and node.end is None:
+            node.kv[self.name] = kv
+        return node
+
+
+# The other way for a solution to be over, beside the end-of-text token: a complete \\boxed{...}.
+FINAL = re.compile(r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}")
+
+
+def _closed(text, separator):
+    """Does this text end a step? Not on leading line ends alone, and never inside an open code fence."""
+    return bool(text.strip()) and separator in text.lstrip() and text.count("```") % 2 == 0
+
+
+def _line(node):
+    """A node and all before it, from the root."""
+    nodes = [node]
+    while nodes[-1].parent is not None:
+        nodes.append(nodes[-1].parent)
+    return nodes[::-1]
+
+
+def _split(ids, tokenizer, separator, newline):
+    """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped."""
+    spans, a = [], 0
+    for b in range(1, len(ids) + 1):
+        if b == len(ids) or (newline[ids[b - 1]] and _closed(tokenizer.decode(ids[a:b]), separator)):
+            spans.append((a, b))
+            a = b
+    if len(spans) > 1 and not tokenizer.decode(ids[spans[-1][0]:], skip_special_tokens=True).strip():
+        (a, _), (_, b) = spans[-2:]  # nothing but the end-of-text token is left: it belongs to the step before
+        spans[-2:] = [(a, b)]
+    return spans

@@ -1,0 +1,300 @@
+"""The process reward model (§2.2, Appendix B.1): a decoder with its LM head replaced by a two-layer scalar head.
+
+Given a problem Q and steps x_1 .. x_T it says p_t = PRM(Q, x_1, .., x_t), the probability that step x_t is correct
+(Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state at the separator's last token, so
+one forward scores all steps of a solution. There is one encoder, used by training and by scoring alike.
+
+    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. In January she finds 5. How many now?" \
+                        --steps "January: 7+5=11" "Answer: 11"
+    python prm_model.py --prm tiny/prm --file samples.jsonl        # sample rows or stepwise rows
+
+--prm takes a folder that train.py wrote, a published Qwen/Qwen2.5-Math-PRM-7B or -72B (their two output classes are
+folded into one logit, exactly), or any plain backbone, whose head is then untrained (and a warning says so).
+
+Shapes: B solutions, T tokens, M labelled steps, h hidden size.
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+from policy import chunks, extend
+
+HEAD_FILE = "prm_head.safetensors"
+# What the model card of Qwen/Qwen2.5-Math-PRM-7B asks for: its system prompt, and <extra_0> after every step.
+PUBLISHED = {"separator": "<extra_0>", "template": "chat",
+             "system": "Please reason step by step, and put your final answer within \\boxed{}."}
+
+
+class PRM(nn.Module):
+    """Backbone and head. `format` holds what must travel with the weights: separator, template, dropout, base model."""
+
+    def __init__(self, backbone, tokenizer, separator="\n\n", template="plain", system=None, dropout=0.0, base_model=None,
+                 max_batch_tokens=65536, name="prm"):
+        super().__init__()
+        h = backbone.config.hidden_size
+        self.backbone, self.tokenizer, self.name, self.max_batch_tokens = backbone, tokenizer, name, max_batch_tokens
+        self.head = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Dropout(dropout), nn.Linear(h, 1))
+        self.head.to(backbone.device, backbone.dtype)
+        self.format = dict(separator=separator, template=template, system=system, dropout=dropout, base_model=base_model)
+        self.separator_ids = self._ids(separator)
+        if tokenizer.unk_token_id in self.separator_ids or tokenizer.decode(self.separator_ids) != separator:
+            raise ValueError(f"the tokenizer of {base_model or 'this PRM'} has no token for the separator {separator!r}")
+        self.tokens, self.seconds = 0, 0.0  # encoded by score() and score_nodes(), all told
+
+    def _ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    # ------------------------------------------------ the one encoder
+
+    def encode_prompt(self, question):
+        """Token ids of everything before the first step."""
+        if self.format["template"] == "plain":
+            return self._ids(question) + self._ids("\n" if self.format["separator"] == "\n" else "\n\n")
+        messages = [{"role": "system", "content": self.format["system"]}] if self.format["system"] else []
+        return list(self.tokenizer.apply_chat_template(
+            [*messages, {"role": "user", "content": question}], add_generation_prompt=True, tokenize=True,
+            return_dict=False))
+
+    def encode_step(self, step):
+        """Token ids of one step: tokenised by itself, then the separator, whose last token carries the label."""
+        return self._ids(step) + self.separator_ids
+
+    def encode(self, question, steps):
+        """(ids, positions): all tokens of a solution, and for each step the index of its separator's last token."""
+        ids, positions = self.encode_prompt(question), []
+        for step in steps:
+            ids = ids + self.encode_step(step)
+            positions.append(len(ids) - 1)
+        return ids, positions
+
+    # ------------------------------------------------ forward and scoring
+
+    def forward(self, ids_BT, rows_M, positions_M):
+        """Logits (M) of the steps at (rows_M, positions_M). ids_BT is padded on the right, and attention is causal,
+        so padding needs no mask; the head runs on the M labelled positions only."""
+        hidden = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
+        return self.head(hidden[rows_M, positions_M]).squeeze(-1).float()
+
+    @torch.inference_mode()
+    def score(self, questions, solutions):
+        """p_t of every step: questions (B) strings, solutions (B) lists of steps -> (B) lists of floats in [0, 1].
+
+        Batches hold solutions of similar length; each is encoded once, in one forward for all its steps.
+        """
+        started = time.perf_counter()
+        items = [(i, *self.encode(q, s)) for i, (q, s) in enumerate(zip(questions, solutions, strict=True))]
+        scores = [[] for _ in items]
+        for batch in chunks([x for x in items if x[2]], lambda x: len(x[1]), self.max_batch_tokens):
+            ids = torch.zeros(len(batch), len(batch[0][1]), dtype=torch.long)
+            for row, (_, tokens, _) in enumerate(batch):
+                ids[row, :len(tokens)] = torch.tensor(tokens)
+            rows = torch.tensor([row for row, x in enumerate(batch) for _ in x[2]])
+            positions = torch.tensor([p for x in batch for p in x[2]])
+            device = self.backbone.device
+            p = iter(self(ids.to(device), rows.to(device), positions.to(device)).sigmoid().tolist())
+            for i, tokens, where in batch:
+                scores[i] = [next(p) for _ in where]
+                self.tokens += len(tokens)
+        self.seconds += time.perf_counter() - started
+        return scores
+
+    @torch.inference_mode()
+    def score_nodes(self, leaves):
+        """p_t of the steps on the paths to `leaves` that have none yet -> (paths' nodes newly scored: {node: p}).
+
+        Uses the tree cache of policy.py: each token of each prefix is encoded once in the life of the tree.
+        """
+        started = time.perf_counter()
+        spent, states = extend(self.backbone, self.name, leaves, self._node_ids, self.max_batch_tokens)
+        self.tokens += spent
+        nodes = [n for n in states if n.parent is not None]
+        scored = {}
+        if nodes:
+            logits = self.head(torch.stack([states[n] for n in nodes])).squeeze(-1).float()
+            scored = dict(zip(nodes, logits.sigmoid().tolist()))
+        self.seconds += time.perf_counter() - started
+        return scored
+
+    def _node_ids(self, node):
+        if self.name not in node.prm_ids:
+            node.prm_ids[self.name] = (self.encode_prompt(node.text) if node.parent is None else
+                                       self.encode_step(node.text))
+        return node.prm_ids[self.name]
+
+    # ------------------------------------------------ files
+
+    def save(self, folder):
+        """Write backbone, head, tokenizer and config.json. The folder appears at once or not at all."""
+        folder = Path(folder)
+        partial = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.backbone.config.prm = self.format
+        self.backbone.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, partial / HEAD_FILE)
+        old = folder.with_name(folder.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(partial, folder)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def aggregate(scores, how):
+    """One number for a solution from its step scores (Appendix C): PRM-Last, PRM-Min, and three more."""
+    if not scores:
+        return 0.0
+    return {"last": lambda s: s[-1], "min": min, "prod": math.prod, "mean": lambda s: sum(s) / len(s),
+            "sum": sum}[how](scores)
+
+
+AGGREGATIONS = ("last", "min", "prod", "mean", "sum")
+
+
+def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, **keywords):
+    """Load a PRM from a folder or the hub. Errors are ValueErrors that say what is missing or how to get it.
+
+    keywords: separator, template, dropout, max_batch_tokens ... override what the folder says.
+    """
+    path, name = str(path), name or f"prm:{path}"
+    config = load_pretrained(AutoConfig, path)
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    published = "Qwen2ForProcessRewardModel" in (config.architectures or ())
+    folder = Path(path)
+    form = dict(getattr(config, "prm", None) or (PUBLISHED if published else {}))
+    form = {**form, "base_model": form.get("base_model") or path, **keywords}
+    if published:
+        backbone, head = _load_published(path, config, dtype)
+    else:
+        backbone = load_pretrained(AutoModel, path, dtype=dtype)
+        head = None
+        if getattr(config, "prm", None):
+            if not (folder / HEAD_FILE).exists():
+                raise ValueError(f"{path}: {HEAD_FILE} is missing: the folder is not a whole PRM, save it again")
+            head = read_safetensors(folder / HEAD_FILE)
+    backbone.to(device)
+    torch.manual_seed(seed)  # an untrained head must be the same on every rank
+    prm = PRM(backbone, tokenizer, name=name, **form)
+    if head is None:
+        print(f"warning: {path} has no PRM head: using an untrained one, whose scores mean nothing", file=sys.stderr)
+    else:
+        prm.head.load_state_dict(head)
+    return prm.eval()
+
+
+def load_pretrained(kind, path, **keywords):
+    """AutoX.from_pretrained with one-line errors. Never runs code from the hub, never unpickles."""
+    if kind not in (AutoConfig, AutoTokenizer):
+        keywords["use_safetensors"] = True
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **keywords)
+    except (OSError, ValueError, KeyError, SafetensorError, json.JSONDecodeError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(path).is_dir():
+            has = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
+            raise ValueError(f"{path}: cannot load it ({reason}). The folder holds: {has}; needed are config.json, "
+                             "model.safetensors and the tokenizer's files") from error
+        raise ValueError(f"{path}: no such folder, and the hub gave: {reason}. Offline, pass the path of a local "
+                         "folder (made by save_pretrained or `hf download`)") from error
+
+
+def read_safetensors(file):
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+
+
+def _load_published(path, config, dtype):
+    """Qwen2.5-Math-PRM: `score` is Linear, ReLU, Linear to two classes, and p = softmax(z)_1 = sigmoid(z_1 - z_0).
+    The last layer is linear, so the difference of its two rows is a head of ours with the same p.
+    https://huggingface.co/Qwen/Qwen2.5-Math-PRM-7B"""
+    backbone = load_pretrained(AutoModel, path, dtype=dtype)
+    folder = Path(path)
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
+    index = folder / "model.safetensors.index.json"
+    names = [f"score.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")]
+    files = {n: "model.safetensors" for n in names}
+    if index.exists():
+        files = {n: f for n, f in json.loads(index.read_text())["weight_map"].items() if n in names}
+    read = {f: read_safetensors(folder / f) for f in set(files.values())}
+    missing = [n for n in names if n not in read.get(files.get(n), {})]
+    if missing:
+        raise ValueError(f"{path}: the PRM head's weights are missing: {', '.join(missing)}")
+    w = {n: read[files[n]][n] for n in names}
+    return backbone, {"0.weight": w["score.0.weight"], "0.bias": w["score.0.bias"],
+                      "3.weight": w["score.2.weight"][1:] - w["score.2.weight"][:1],
+                      "3.bias": w["score.2.bias"][1:] - w["score.2.bias"][:1]}
+
+
+# ---------------------------------------------------------------- Figures 6 and 8: a scored solution
+
+def coloured(step, p):
+    """A step and its p_t, from red (0) to green (1)."""
+    if p is None:
+        return step
+    if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
+        return f"{p:.3f}  {step}"
+    red, green = round(255 * min(1, 2 - 2 * p)), round(255 * min(1, 2 * p))
+    return f"\033[38;2;{red};{green};60m{p:.3f}\033[0m  {step}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")
+    parser.add_argument("--question")
+    parser.add_argument("--steps", nargs="+", help="the solution, one argument a step")
+    parser.add_argument("--file", help="JSONL of sample rows (question, samples) or stepwise rows (prompt, completions)")
+    parser.add_argument("--limit", type=int, default=3, help="rows of --file to show (default 3)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    args = parser.parse_args(argv)
+    if args.file:
+        pairs = list(read_solutions(args.file, args.limit))
+    elif args.question and args.question.strip() and args.steps:
+        pairs = [(args.question, args.steps)]
+    else:
+        parser.error("give --question and --steps, or --file")
+    try:
+        prm = load_prm(args.prm, args.device, getattr(torch, args.dtype))
+    except ValueError as error:
+        parser.error(str(error))
+    for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
+        print(f"\n{question}")
+        for step, p in zip(steps, scores):
+            print(coloured(step, p))
+        print("  ".join(f"{how} {aggregate(scores, how):.3f}" for how in AGGREGATIONS))
+
+
+def read_solutions(file, limit):
+    """(question, steps) from a JSONL file of sample rows or stepwise rows."""
+    left = limit
+    for number, line in enumerate(open(file, encoding="utf-8"), 1):
+        try:
+            row = json.loads(line)
+            found = ([(row["prompt"], row["completions"])] if "completions" in row else
+                     [(row["question"], s["steps"]) for s in row["samples"]])
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise SystemExit(f"{file}:{number}: neither a sample row nor a stepwise row ({error!r})") from error
+        for pair in found:
+            if left == 0:
+                return
+            left -= 1
+            yield pair
+
+
+if __name__ == "__main__":
+    main()

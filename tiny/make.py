@@ -1,0 +1,169 @@
+"""Make the tiny world's language models again from nothing: tokenizer, policies, backbones.
+
+    python tiny/make.py                          # every stage that is not done yet; restart it after a kill
+    python tiny/make.py --stages tokenizer A     # some of them
+    python tiny/make.py --out /tmp/tiny          # elsewhere
+
+Each model is a Qwen2-architecture causal LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C)
+learn from careless authors, each with his own habits; backbones of four sizes learn from the careful one, who makes
+every kind of mistake and corrects it. Only the train split's problems are ever seen. One run is deterministic for a
+seed on one machine with a fixed number of threads. The PRM is trained by train.py, from labels that annotate.py makes.
+"""
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import models as bpe
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tiny import world  # noqa: E402
+
+SEPARATOR = "\n"
+#        author     hidden layers heads steps  batch seed
+MODELS = {
+    "A": ("A", 96, 4, 4, 1500, 64, 1),
+    "B": ("B", 64, 4, 4, 1500, 64, 2),
+    "C": ("C", 112, 4, 4, 1500, 64, 3),
+    "xs": ("careful", 48, 3, 4, 1500, 64, 4),
+    "s": ("careful", 64, 4, 4, 1500, 64, 5),
+    "m": ("careful", 96, 5, 4, 1500, 64, 6),
+    "l": ("careful", 128, 6, 4, 1500, 64, 7),
+}
+
+
+def solution_text(steps):
+    """The last step is followed by the end-of-text token instead of a separator."""
+    return SEPARATOR.join(steps)
+
+
+def make_tokenizer(out):
+    """Byte-level BPE over words, single digits and line ends: every word of the world becomes one token."""
+    rng, text = random.Random(0), []
+    for domain in ("math", "code"):
+        for p in world.problems(domain, "train", 3000, seed=99):
+            text.append(p["question"] + SEPARATOR + solution_text(world.write(p, "careful", rng)))
+    tokenizer = Tokenizer(bpe.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(r"\n|\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s"), behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(text, trainers.BpeTrainer(
+        vocab_size=512, special_tokens=["<pad>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(out)
+
+
+def get_batch(author, tokenizer, rng, stream, size):
+    """size texts, half of each domain -> ids (B, T), targets (B, T) with -100 on questions and padding."""
+    rows = []
+    for domain in ("math", "code"):
+        for _ in range(size // 2):
+            p = next(stream[domain])
+            rows.append((p["question"] + SEPARATOR, solution_text(world.write(p, author, rng))))
+    questions = tokenizer([q for q, _ in rows])["input_ids"]
+    solutions = tokenizer([s for _, s in rows])["input_ids"]
+    width = max(len(q) + len(s) + 1 for q, s in zip(questions, solutions))
+    ids = torch.full((size, width), tokenizer.pad_token_id)
+    targets = torch.full((size, width), -100)
+    for i, (q, s) in enumerate(zip(questions, solutions)):
+        row = torch.tensor(q + s + [tokenizer.eos_token_id])
+        ids[i, :len(row)] = row
+        targets[i, len(q) - 1:len(row) - 1] = row[len(q):]
+    return ids, targets
+
+
+def lm_loss(model, ids, targets):
+    """Mean next-token loss on the solutions. The head runs on their positions only."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # causal and padded right: no mask needed
+    keep = targets != -100
+    return F.cross_entropy(model.lm_head(hidden[keep]), targets[keep])
+
+
+def train_lm(name, tokenizer, out, threads):
+    """Pre-train one LM, saving a checkpoint every two minutes, so that a killed run goes on where it was."""
+    author, hidden, layers, heads, steps, size, seed = MODELS[name]
+    lr_max = 3e-3 * (64 / hidden) ** 0.5
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=512, rope_theta=10000.0,
+        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None))
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+                                  lr=lr_max, betas=(0.9, 0.98), fused=True)
+    partial, first, seconds = out / f"{name}.partial", 0, 0.0
+    if partial.exists():
+        saved = torch.load(partial, weights_only=True)
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        first, seconds = saved["step"], saved["seconds"]
+    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, author {author}, "
+          f"{steps} steps from {first}", flush=True)
+    started, saved_at, tokens, running = time.time(), time.time(), 0, None
+    for step in range(first, steps):
+        lr = lr_max * min(1, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        rng = random.Random(f"{name} {seed} {step}")  # batch `step` is the same whether or not the run was interrupted
+        stream = {d: world.problems(d, "train", seed=f"{name} {step}") for d in ("math", "code")}
+        ids, targets = get_batch(author, tokenizer, rng, stream, size)
+        loss = lm_loss(model, ids, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        tokens += ids.numel()
+        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        if step % 50 == 0 or step == steps - 1:
+            print(f"{name} step {step} loss {running:.4f} lr {lr:.5f} {tokens / (time.time() - started):.0f} tokens/s "
+                  f"{(seconds + time.time() - started) / 60:.1f} min", flush=True)
+        if time.time() - saved_at > 120:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                        "seconds": seconds + time.time() - started}, out / f"{name}.tmp")
+            os.replace(out / f"{name}.tmp", partial)
+            saved_at = time.time()
+    model.half().save_pretrained(out / f"{name}.tmp_dir")
+    tokenizer.save_pretrained(out / f"{name}.tmp_dir")
+    record = dict(author=author, steps=steps, batch=size, seed=seed, loss=running,
+                  minutes=(seconds + time.time() - started) / 60)
+    (out / f"{name}.tmp_dir" / "made.json").write_text(json.dumps(record) + "\n")
+    shutil.rmtree(out / name, ignore_errors=True)
+    os.replace(out / f"{name}.tmp_dir", out / name)
+    partial.unlink(missing_ok=True)
+    return record["minutes"]
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the models")
+    parser.add_argument("--stages", nargs="+", default=["tokenizer", *MODELS], choices=["tokenizer", *MODELS])
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--overwrite", action="store_true", help="make a stage again that is done")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for stage in args.stages:
+        if (args.out / stage).exists() and not args.overwrite:
+            print(f"{stage}: done already")
+            continue
+        if stage == "tokenizer":
+            make_tokenizer(args.out / "tokenizer")
+            continue
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
+        print(f"{stage}: {train_lm(stage, tokenizer, args.out, args.threads):.1f} minutes")
+
+
+if __name__ == "__main__":
+    main()
