@@ -24,8 +24,10 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -123,7 +125,7 @@ class Rows:
         self.cache = Cache(layers=[RoomyLayer(k, v, length) for k, v in self.kv])
 
     def append(self, ids, mask=None):
-        """Run the model on ids (B, M), real where mask (B, M) and padded on the right -> last hidden states (B, M, h)."""
+        """Run the model on ids (B, M), padding on the right where mask (B, M) is False -> hidden states (B, M, h)."""
         M, start = ids.shape[1], self.cache.get_seq_length()
         self.mask[:, start:start + M] = True if mask is None else mask
         seen = self.mask[:, None, None, :start + M]
@@ -265,7 +267,8 @@ class Policy:
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0, max_step_tokens=512,
                  max_steps=64, max_batch_tokens=65536, name="policy"):
-        self.lm, self.model, self.tokenizer, self.separator, self.name = model, model.base_model, tokenizer, separator, name
+        self.lm, self.model, self.tokenizer = model, model.base_model, tokenizer
+        self.separator, self.name = separator, name
         self.seed, self.temperature, self.top_p = seed, temperature, top_p
         self.max_step_tokens, self.max_steps, self.max_batch_tokens = max_step_tokens, max_steps, max_batch_tokens
         eos = model.generation_config.eos_token_id if model.generation_config else None
@@ -276,6 +279,7 @@ class Policy:
         newline = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
         newline[[i for i, s in enumerate(strings) if "\n" in s]] = True
         self.newline = newline.to(model.device)
+        self.dtype = model.dtype
         self.generated = self.prefilled = 0
         self.seconds = 0.0
 
@@ -283,13 +287,15 @@ class Policy:
         """The prompt of a problem as a node. The seed and the problem's id fix all that is sampled below it."""
         if not question.strip():
             raise ValueError(f"problem {problem_id}: the question is empty")
+        return Node(question, ids=self._prompt_ids(question, domain), key=child_key(self.seed, problem_id),
+                    domain=domain)
+
+    def _prompt_ids(self, question, domain):
         if self.tokenizer.chat_template:
-            ids = self.tokenizer.apply_chat_template(
+            return list(self.tokenizer.apply_chat_template(
                 [{"role": "user", "content": f"{question}\n\n{INSTRUCTION[domain]}"}], add_generation_prompt=True,
-                tokenize=True, return_dict=False)
-        else:
-            ids = self.tokenizer(question + self.separator, add_special_tokens=False)["input_ids"]
-        return Node(question, ids=list(ids), key=child_key(self.seed, problem_id), domain=domain)
+                tokenize=True, return_dict=False))
+        return self.tokenizer(question + self.separator, add_special_tokens=False)["input_ids"]
 
     def adopt(self, root, steps):
         """Existing text as a path below root: its last node. Its tokens count as prefilled, not generated."""
@@ -420,3 +426,189 @@ def _split(ids, tokenizer, separator, newline):
         (a, _), (_, b) = spans[-2:]  # nothing but the end-of-text token is left: it belongs to the step before
         spans[-2:] = [(a, b)]
     return spans
+
+
+# ---------------------------------------------------------------- a server as the policy
+
+class ServerPolicy:
+    """The same interface over an OpenAI-compatible server: plain /v1/completions with n, stop, logprobs and seed.
+
+    The server keeps its own prefix cache; `prefilled` counts the prompt tokens that it reports. chat_tokenizer, if
+    given, is only used to put the question into the model's chat template.
+    """
+    dtype = torch.float32  # of the PRM beside it
+
+    def __init__(self, url, model, chat_tokenizer=None, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
+                 max_step_tokens=512, max_steps=64, retries=5, timeout=600, parallel=32):
+        self.url, self.served, self.chat_tokenizer, self.separator = url.rstrip("/"), model, chat_tokenizer, separator
+        self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
+        self.max_step_tokens, self.max_steps, self.retries, self.timeout = max_step_tokens, max_steps, retries, timeout
+        self.pool = ThreadPoolExecutor(parallel)
+        self.generated = self.prefilled = 0
+        self.seconds = 0.0
+
+    root = Policy.root
+
+    def _prompt_ids(self, question, domain):
+        return ()  # the server has the tokens
+
+    def adopt(self, root, steps):
+        node = root
+        for i, text in enumerate(steps):
+            node = Node(text, node, key=child_key(node.key, f"adopted {i} {text}"), depth=node.depth + 1,
+                        domain=root.domain)
+        return node
+
+    def propose(self, nodes, n):
+        return self._generate(nodes, n, whole=False)
+
+    def complete(self, nodes, n):
+        return self._generate(nodes, n, whole=True)
+
+    def _generate(self, nodes, n, whole):
+        started = time.perf_counter()
+        counts = [n] * len(nodes) if isinstance(n, int) else list(n)
+        jobs = []
+        for node, count in zip(nodes, counts):
+            jobs.append((node, [child_key(node.key, node.drawn + i) for i in range(count)]))
+            node.drawn += count
+        groups = list(self.pool.map(lambda job: self._sample(*job, whole), jobs))
+        self.seconds += time.perf_counter() - started
+        return groups
+
+    def _sample(self, parent, keys, whole):
+        """One request for all samples of a node; the seed is the first sample's key, so a rerun draws the same."""
+        text = self._text(parent)
+        body = {"model": self.served, "prompt": text, "n": len(keys), "seed": keys[0] % (1 << 31), "logprobs": 0,
+                "max_tokens": self.max_step_tokens * (self.max_steps if whole else 1), **self.sampling}
+        answer = self._post(body if whole else {**body, "stop": [self.separator]})
+        choices = zip(keys, answer["choices"], strict=True)
+        return [self._node(parent, key, choice, text, whole) for key, choice in choices]
+
+    def _node(self, parent, key, choice, prompt, whole):
+        text, logps, reason = choice["text"], _logprobs(choice), choice.get("finish_reason")
+        while not whole and reason == "stop" and text.count("```") % 2:  # stopped inside a code fence: go on
+            text += self.separator
+            choice = self._post({"model": self.served, "prompt": prompt + text, "n": 1, "seed": key % (1 << 31),
+                                 "max_tokens": self.max_step_tokens, "logprobs": 0, "stop": [self.separator],
+                                 **self.sampling})["choices"][0]
+            text, logps, reason = text + choice["text"], logps + _logprobs(choice), choice.get("finish_reason")
+            if not choice["text"]:
+                break  # an end of text inside the fence: asking again would change nothing
+        self.generated += len(logps)
+        # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart; without it
+        # the end shows one request later, as a step without text.
+        over = whole or (choice["stop_reason"] is None if "stop_reason" in choice else not text.strip())
+        parts = [text] if not whole else _cut(text, self.separator)
+        node = parent
+        for i, part in enumerate(parts):
+            share = len(logps) // len(parts) if i else len(logps) - len(logps) // len(parts) * (len(parts) - 1)
+            node = Node(part.strip("\n"), node, [0] * share, sum(logps) if i == 0 else 0.0, depth=node.depth + 1,
+                        domain=parent.domain, key=key if i == len(parts) - 1 else child_key(key, f"step {i}"))
+        node.end = ("answer" if FINAL.search(node.text) else "length" if reason == "length" else "eos" if over else
+                    "length" if node.depth >= self.max_steps else None)
+        return node
+
+    def _text(self, node):
+        root = node.root()
+        prompt = root.text + self.separator
+        if self.chat_tokenizer is not None:
+            prompt = self.chat_tokenizer.apply_chat_template(
+                [{"role": "user", "content": f"{root.text}\n\n{INSTRUCTION[root.domain]}"}], tokenize=False,
+                add_generation_prompt=True)
+        return prompt + "".join(n.text + self.separator for n in node.path())
+
+    def _post(self, body):
+        """POST with retries on connection errors, 429 and 5xx, waiting 1, 2, 4 ... s. Other errors are the server's
+        own words as a ValueError."""
+        request = urllib.request.Request(self.url + "/completions", json.dumps(body).encode(), {
+            "Content-Type": "application/json", "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
+        for attempt in range(self.retries):
+            try:
+                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                    return json.load(reply)
+            except urllib.error.HTTPError as error:
+                words = error.read().decode(errors="replace")[:500]
+                if error.code != 429 and error.code < 500:
+                    raise ValueError(f"{self.url} refused the request ({error.code}): {words}") from error
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+                words = str(error)
+            if attempt < self.retries - 1:
+                time.sleep(2 ** attempt)
+        raise ValueError(f"{self.url} did not answer after {self.retries} tries: {words}")
+
+
+def _logprobs(choice):
+    found = (choice.get("logprobs") or {}).get("token_logprobs")
+    if found is None:
+        raise ValueError("the server sent no logprobs, without which tokens cannot be counted: start it with them on")
+    return [x or 0.0 for x in found]
+
+
+def _cut(text, separator):
+    """A whole solution's text into steps, where propose() would have stopped."""
+    parts, held = [], ""
+    for piece in text.split(separator):
+        held = held + separator + piece if held else piece
+        if held.strip() and held.count("```") % 2 == 0:
+            parts.append(held)
+            held = ""
+    return parts + [held] if held.strip() or not parts else parts
+
+
+# ---------------------------------------------------------------- loading
+
+def load_pretrained(kind, path, **keywords):
+    """AutoX.from_pretrained with one-line errors. Never runs code from the hub, never unpickles."""
+    if kind not in (AutoConfig, AutoTokenizer):
+        keywords["use_safetensors"] = True
+    try:
+        return kind.from_pretrained(path, trust_remote_code=False, **keywords)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if Path(path).is_dir():
+            has = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
+            raise ValueError(f"{path}: cannot load it ({reason}). The folder holds: {has}; needed are config.json, "
+                             "model.safetensors and the tokenizer's files") from error
+        raise ValueError(f"{path}: no such folder, and the hub gave: {reason}. Offline, pass the path of a local "
+                         "folder (made by save_pretrained or `hf download`)") from error
+
+
+def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **keywords):
+    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address (served: its name of the model).
+
+    dtype: name; None is bfloat16 on cuda and float32 elsewhere. separator None: what the folder's config says
+    ("step_separator", as in the tiny world), else an empty line.
+    """
+    if str(path).startswith(("http://", "https://")):
+        if not served:
+            raise ValueError("a server needs --policy-model, the name under which it serves the model")
+        keywords.pop("max_batch_tokens", None)
+        return ServerPolicy(path, served, separator=separator or "\n\n", **keywords)
+    path = str(path)
+    config = load_pretrained(AutoConfig, path)
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    dtype = getattr(torch, dtype or ("bfloat16" if str(device).startswith("cuda") else "float32"))
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(device).eval()
+    separator = separator or getattr(config, "step_separator", None) or "\n\n"
+    return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
+
+
+def add_policy_flags(parser, default):
+    """The flags of every script that samples from an LLM; load_policy_flags reads them."""
+    a = parser.add_argument
+    a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
+    a("--policy-model", help="the server's name of the model")
+    a("--separator", help="text between steps (default: what the folder says, else an empty line)")
+    a("--temperature", type=float, default=1.0)
+    a("--top-p", type=float, default=1.0)
+    a("--max-step-tokens", type=int, default=512)
+    a("--max-steps", type=int, default=40)
+    a("--max-batch-tokens", type=int, default=65536, help="padded tokens of one forward: lower it to save memory")
+
+
+def load_policy_flags(args, device):
+    return load_policy(args.policy, device, args.dtype, args.policy_model,
+                       args.separator and args.separator.encode().decode("unicode_escape"), seed=args.seed,
+                       temperature=args.temperature, top_p=args.top_p, max_step_tokens=args.max_step_tokens,
+                       max_steps=args.max_steps, max_batch_tokens=args.max_batch_tokens)

@@ -28,7 +28,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
-from policy import chunks, extend
+from policy import chunks, extend, load_pretrained
+from rows import read_rows
 
 HEAD_FILE = "prm_head.safetensors"
 # What the model card of Qwen/Qwen2.5-Math-PRM-7B asks for: its system prompt, and <extra_0> after every step.
@@ -39,17 +40,18 @@ PUBLISHED = {"separator": "<extra_0>", "template": "chat",
 class PRM(nn.Module):
     """Backbone and head. `format` holds what must travel with the weights: separator, template, dropout, base model."""
 
-    def __init__(self, backbone, tokenizer, separator="\n\n", template="plain", system=None, dropout=0.0, base_model=None,
-                 max_batch_tokens=65536, name="prm"):
+    def __init__(self, backbone, tokenizer, separator="\n\n", template="plain", system=None, dropout=0.0,
+                 base_model=None, max_batch_tokens=65536, name="prm"):
         super().__init__()
         h = backbone.config.hidden_size
         self.backbone, self.tokenizer, self.name, self.max_batch_tokens = backbone, tokenizer, name, max_batch_tokens
         self.head = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Dropout(dropout), nn.Linear(h, 1))
         self.head.to(backbone.device, backbone.dtype)
-        self.format = dict(separator=separator, template=template, system=system, dropout=dropout, base_model=base_model)
+        self.format = {"separator": separator, "template": template, "system": system, "dropout": dropout,
+                       "base_model": base_model}
         self.separator_ids = self._ids(separator)
         if tokenizer.unk_token_id in self.separator_ids or tokenizer.decode(self.separator_ids) != separator:
-            raise ValueError(f"the tokenizer of {base_model or 'this PRM'} has no token for the separator {separator!r}")
+            raise ValueError(f"{base_model or name}: the tokenizer has no token for the separator {separator!r}")
         self.tokens, self.seconds = 0, 0.0  # encoded by score() and score_nodes(), all told
 
     def _ids(self, text):
@@ -134,15 +136,21 @@ class PRM(nn.Module):
 
     # ------------------------------------------------ files
 
-    def save(self, folder):
-        """Write backbone, head, tokenizer and config.json. The folder appears at once or not at all."""
+    def save(self, folder, state=None):
+        """Write backbone, head, tokenizer and config.json. The folder appears at once or not at all.
+
+        state: what to write instead of state_dict(), as when the weights are gathered from shards or cast.
+        """
+        state = self.state_dict() if state is None else state
         folder = Path(folder)
         partial = folder.with_name(folder.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         self.backbone.config.prm = self.format
-        self.backbone.save_pretrained(partial)
+        self.backbone.save_pretrained(partial, state_dict={k.removeprefix("backbone."): v for k, v in state.items()
+                                                           if k.startswith("backbone.")})
         self.tokenizer.save_pretrained(partial)
-        save_file({k: v.contiguous() for k, v in self.head.state_dict().items()}, partial / HEAD_FILE)
+        save_file({k.removeprefix("head."): v.contiguous() for k, v in state.items() if k.startswith("head.")},
+                  partial / HEAD_FILE)
         old = folder.with_name(folder.name + ".old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
@@ -162,9 +170,10 @@ def aggregate(scores, how):
 AGGREGATIONS = ("last", "min", "prod", "mean", "sum")
 
 
-def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, **keywords):
+def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, fresh=False, **keywords):
     """Load a PRM from a folder or the hub. Errors are ValueErrors that say what is missing or how to get it.
 
+    fresh: a folder without a head is what is wanted, no warning. device "meta": shapes only, for FSDP to fill.
     keywords: separator, template, dropout, max_batch_tokens ... override what the folder says.
     """
     path, name = str(path), name or f"prm:{path}"
@@ -174,7 +183,10 @@ def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, **keywo
     folder = Path(path)
     form = dict(getattr(config, "prm", None) or (PUBLISHED if published else {}))
     form = {**form, "base_model": form.get("base_model") or path, **keywords}
-    if published:
+    if str(device) == "meta":
+        with torch.device("meta"):
+            backbone, head = AutoModel.from_config(config, dtype=dtype), None
+    elif published:
         backbone, head = _load_published(path, config, dtype)
     else:
         backbone = load_pretrained(AutoModel, path, dtype=dtype)
@@ -184,29 +196,14 @@ def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, **keywo
                 raise ValueError(f"{path}: {HEAD_FILE} is missing: the folder is not a whole PRM, save it again")
             head = read_safetensors(folder / HEAD_FILE)
     backbone.to(device)
+    form.setdefault("separator", getattr(config, "step_separator", None) or "\n\n")
     torch.manual_seed(seed)  # an untrained head must be the same on every rank
     prm = PRM(backbone, tokenizer, name=name, **form)
-    if head is None:
+    if head is None and not fresh:
         print(f"warning: {path} has no PRM head: using an untrained one, whose scores mean nothing", file=sys.stderr)
-    else:
+    elif head is not None:
         prm.head.load_state_dict(head)
     return prm.eval()
-
-
-def load_pretrained(kind, path, **keywords):
-    """AutoX.from_pretrained with one-line errors. Never runs code from the hub, never unpickles."""
-    if kind not in (AutoConfig, AutoTokenizer):
-        keywords["use_safetensors"] = True
-    try:
-        return kind.from_pretrained(path, trust_remote_code=False, **keywords)
-    except (OSError, ValueError, KeyError, SafetensorError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if Path(path).is_dir():
-            has = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
-            raise ValueError(f"{path}: cannot load it ({reason}). The folder holds: {has}; needed are config.json, "
-                             "model.safetensors and the tokenizer's files") from error
-        raise ValueError(f"{path}: no such folder, and the hub gave: {reason}. Offline, pass the path of a local "
-                         "folder (made by save_pretrained or `hf download`)") from error
 
 
 def read_safetensors(file):
@@ -257,20 +254,17 @@ def main(argv=None):
     parser.add_argument("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")
     parser.add_argument("--question")
     parser.add_argument("--steps", nargs="+", help="the solution, one argument a step")
-    parser.add_argument("--file", help="JSONL of sample rows (question, samples) or stepwise rows (prompt, completions)")
+    parser.add_argument("--file", help="JSONL of sample rows or stepwise rows (see rows.py)")
     parser.add_argument("--limit", type=int, default=3, help="rows of --file to show (default 3)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
-    if args.file:
-        pairs = list(read_solutions(args.file, args.limit))
-    elif args.question and args.question.strip() and args.steps:
-        pairs = [(args.question, args.steps)]
-    else:
+    if not args.file and not (args.question and args.question.strip() and args.steps):
         parser.error("give --question and --steps, or --file")
     try:
+        pairs = read_solutions(args.file, args.limit) if args.file else [(args.question, args.steps)]
         prm = load_prm(args.prm, args.device, getattr(torch, args.dtype))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
         print(f"\n{question}")
@@ -280,20 +274,17 @@ def main(argv=None):
 
 
 def read_solutions(file, limit):
-    """(question, steps) from a JSONL file of sample rows or stepwise rows."""
-    left = limit
-    for number, line in enumerate(open(file, encoding="utf-8"), 1):
+    """At most `limit` (question, steps) from a JSONL file of sample rows or stepwise rows."""
+    pairs = []
+    for number, row in read_rows(file):
         try:
-            row = json.loads(line)
-            found = ([(row["prompt"], row["completions"])] if "completions" in row else
-                     [(row["question"], s["steps"]) for s in row["samples"]])
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise SystemExit(f"{file}:{number}: neither a sample row nor a stepwise row ({error!r})") from error
-        for pair in found:
-            if left == 0:
-                return
-            left -= 1
-            yield pair
+            pairs += ([(row["prompt"], row["completions"])] if "completions" in row else
+                      [(row["question"], s["steps"]) for s in row["samples"]])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row ({error!r})") from error
+        if len(pairs) >= limit:
+            break
+    return pairs[:limit]
 
 
 if __name__ == "__main__":

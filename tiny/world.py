@@ -25,7 +25,6 @@ a model of that text must learn to check (compare Ye et al., Physics of Language
 """
 import hashlib
 import random
-import re
 
 MONTHS = "January February March April May June July August September October November December".split()
 VARIABLES = list("abcdefgh")
@@ -50,6 +49,12 @@ CODE = {"drop_first": ("{x} without its first {n} items", "{x}[{n}:]"),
         "reverse": ("{x} in reverse", "{x}[::-1]"),
         "up": ("{x} sorted upwards", "sorted({x})"),
         "down": ("{x} sorted downwards", "sorted({x})[::-1]")}
+LISTS = {"drop_first": lambda xs, n: xs[n:], "keep_first": lambda xs, n: xs[:n], "drop_last": lambda xs, n: xs[:-n],
+         "keep_last": lambda xs, n: xs[-n:], "add": lambda xs, n: [v + n for v in xs],
+         "subtract": lambda xs, n: [v - n for v in xs], "more": lambda xs, n: [v for v in xs if v > n],
+         "at_least": lambda xs, n: [v for v in xs if v >= n], "less": lambda xs, n: [v for v in xs if v < n],
+         "at_most": lambda xs, n: [v for v in xs if v <= n], "reverse": lambda xs, n: xs[::-1],
+         "up": lambda xs, n: sorted(xs), "down": lambda xs, n: sorted(xs)[::-1]}
 RETURNS = {"sum": ("the sum of {x}", "sum({x})"), "len": ("the number of items of {x}", "len({x})"),
            "all": ("{x}", "{x}")}
 STEPS = {"math": (5, 9), "code": (4, 7)}  # operations per problem: the knob of difficulty
@@ -110,7 +115,8 @@ def _draw_math(rng, n_ops):
         story.append(f"In {month} {pronoun} {rng.choice(MATH[kind][0]).format(n)}.")
         ops.append((kind, n))
         x = y
-    return dict(question=" ".join(story) + " How many now?", domain="math", answer=str(x), meta=dict(start=start, ops=ops))
+    question = " ".join(story) + " How many now?"
+    return dict(question=question, domain="math", answer=str(x), meta=dict(start=start, ops=ops))
 
 
 def _draw_code(rng, n_ops):
@@ -133,11 +139,7 @@ def _draw_code(rng, n_ops):
 def run_ops(xs, ops, end):
     """What the function should return: the specification carried out, without running any written code."""
     for kind, n in ops:
-        xs = {"drop_first": lambda: xs[n:], "keep_first": lambda: xs[:n], "drop_last": lambda: xs[:-n],
-              "keep_last": lambda: xs[-n:], "add": lambda: [v + n for v in xs], "subtract": lambda: [v - n for v in xs],
-              "more": lambda: [v for v in xs if v > n], "at_least": lambda: [v for v in xs if v >= n],
-              "less": lambda: [v for v in xs if v < n], "at_most": lambda: [v for v in xs if v <= n],
-              "reverse": lambda: xs[::-1], "up": lambda: sorted(xs), "down": lambda: sorted(xs)[::-1]}[kind]()
+        xs = LISTS[kind](xs, n)
     return {"sum": sum, "len": len, "all": list}[end](xs)
 
 
@@ -162,7 +164,7 @@ def _habit_math(x, kind, n):
 
 
 def _write_math(meta, author, rng):
-    x, steps, shown, k = meta["start"], [], meta["start"], 0
+    x, steps, k = meta["start"], [], 0
     while k < len(meta["ops"]):
         kind, n = meta["ops"][k]
         line = MONTHS[k] + ": {}{}{}={}"
@@ -283,8 +285,3 @@ def _follow(right, steps, plain):
             broken += 1
             labels.append(False)
     return labels
-
-
-def question_tokens(text):
-    """Split the way the tokenizer is trained to: words, single digits, line ends. Only tests use it."""
-    return re.findall(r"\n|\d| ?[^\s\d]+| ", text)

@@ -1,0 +1,416 @@
+"""The four search strategies of §4.2 and Appendices B.4, C and D: best-of-N, beam search, MCTS, majority voting.
+
+    python search.py --strategy beam                                     # the tiny world, shipped with this repository
+    python search.py --strategy mcts --task tiny-code --tokens 2000      # at most 2,000 generated tokens a problem
+    python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. How many now?"
+    python search.py --strategy best_of_n --task math500 --policy Qwen/Qwen2.5-7B-Instruct \
+                     --prm Qwen/Qwen2.5-Math-PRM-7B
+    torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --policy ... --prm ... --out beam.jsonl
+
+Each strategy is a generator: it yields a Request ("expand these nodes into n steps each", or to the end) and is sent
+the new nodes, with node.p set to the PRM's probability that the step is correct. `drive` advances the searches of many
+problems together and answers all their pending requests in one batch, so that the strategies can be read one problem
+at a time, as in the paper, and a GPU still sees full batches.
+"""
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+import tasks
+from policy import add_policy_flags, load_policy_flags
+from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
+from rows import Journal, add_run_flags, check_run_flags, distributed
+
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
+@dataclass
+class Request:
+    nodes: list
+    n: int | list        # samples for each node, or one number for all
+    whole: bool = False  # to the end of the solution, not of the step
+
+
+# ---------------------------------------------------------------- the strategies
+
+def best_of_n(root, n, left, **_):
+    """N whole solutions; the one with the highest reward R_i wins (B.4.1), which pick() decides.
+
+    left() is the number of tokens that may still be generated. Under a budget the samples come in rounds, each as
+    large as the longest solution so far lets it be: the first is one sample.
+    """
+    drawn, longest = 0, math.inf
+    while drawn < n:
+        take = n - drawn if left() == math.inf else max(1, min(n - drawn, int(left() // longest)))
+        [ends] = yield Request([root], take, whole=True)
+        longest = max([end.tokens() for end in ends] + [0 if drawn == 0 else longest])
+        drawn += take
+
+
+majority = best_of_n  # the same samples; only pick() differs: the mode of their answers (B.4.4)
+
+
+def beam(root, k, m, prune=0.0, adaptive=False, path_score=None, **_):
+    """K paths, M expansions of each, the top K by cumulative score (B.4.2). k = 1 is the decoding of Appendix C.
+
+        Top Paths = Select Top K from { sum_{t=1..T} R(x_t) },   R(x_t) = p_t
+
+    Finished paths stay and compete. The first step draws K*M samples, so that every step considers as many.
+    """
+    beams, first = [root], k
+    while any(node.end is None for node in beams):
+        live = [node for node in beams if node.end is None]
+        groups = yield Request(live, m * first if not adaptive else max(1, m * first // 2))
+        if adaptive:  # Appendix D.2: the other half, and as many again, only where no step is surely good
+            hard = [node for node, steps in zip(live, groups) if unsure(steps)]
+            if hard:
+                more = dict(zip(hard, (yield Request(hard, m * first))))
+                groups = [steps + more.get(node, []) for node, steps in zip(live, groups)]
+        first = 1
+        candidates = [node for node in beams if node.end] + [s for steps in groups for s in merge(steps)]
+        kept = [node for node in candidates if node.p >= prune] or candidates  # Appendix D.3
+        beams = sorted(kept, key=path_score, reverse=True)[:k]  # stable: ties keep sampling order
+
+
+def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, adaptive=False, **_):
+    """Monte Carlo tree search (B.4.3). Node.p and rollouts are valued by the PRM alone, never by the right answer.
+
+    N[s]  visits;  Q[s]  mean value backed up through s;  children[s]  its M sampled steps, duplicates merged.
+    A node is closed when nothing below it can be new: selection passes it by, and the search ends with the root.
+    """
+    N, Q, children, closed = Counter(), defaultdict(float), {}, set()
+    while N[root] < simulations and root not in closed:
+        path = [root]                                                       # 1. selection
+        while path[-1] in children:
+            path.append(uct_select(path[-1], [s for s in children[path[-1]] if s not in closed], N, Q, c))
+        if path[-1].end is None and (path[-1] is root or N[path[-1]]):      # 2. expansion of a node seen before
+            [steps] = yield Request([path[-1]], m)
+            if adaptive and unsure(steps):
+                [more] = yield Request([path[-1]], m)
+                steps = steps + more
+            steps = merge(steps)
+            children[path[-1]] = [s for s in steps if s.p >= prune] or steps
+            path.append(children[path[-1]][0])
+        leaf = path[-1]
+        if leaf.end is None and simulate == "rollout":                      # 3. simulation
+            [[end]] = yield Request([leaf], 1, whole=True)
+            value = reward(end)
+        else:
+            value = reward(leaf)
+        for node in path:                                                   # 4. backpropagation
+            N[node] += 1
+            Q[node] += (value - Q[node]) / N[node]
+        for node in reversed(path):
+            if node.end or (node in children and all(s in closed for s in children[node])):
+                closed.add(node)
+    visited = root  # for --choose visited: down the most visited steps
+    while visited in children:
+        visited = max(children[visited], key=lambda s: N[s])
+    return visited
+
+
+def uct_select(node, children, N, Q, c):
+    """The child to follow:  UCT(s, a) = Q(s, a) + c * sqrt(ln N(s) / N(s, a)).
+
+    Q(s, a) is the mean value backed up through child a, in [0, 1]; N(s, a) its visits; N(s) the visits of the node.
+    An unvisited child wins outright; ties keep sampling order, so a seed always grows the same tree.
+    """
+    return max(children, key=lambda a: Q[a] + c * math.sqrt(math.log(N[node]) / N[a]) if N[a] else math.inf)
+
+
+def merge(steps):
+    """Steps of one parent without duplicates: the first of equal texts stays."""
+    return list({(s.text, s.end is None): s for s in reversed(steps)}.values())[::-1]
+
+
+def unsure(steps):
+    """No sampled step is surely right, or the PRMs disagree about the best: worth more breadth (Appendix D.2)."""
+    best = max(steps, key=lambda s: s.p)
+    return best.p < 0.8 or max(best.scores) - min(best.scores) > 0.2
+
+
+STRATEGIES = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majority}
+
+
+def pick(found, reward, keys=None, weighted=False):
+    """Index of the chosen solution: the highest reward, or with keys the mode of the answers. Ties go to the first."""
+    if keys is None:
+        return max(range(len(found)), key=lambda i: (found[i].end != "length", reward(found[i])))
+    votes = Counter()
+    for node, key in zip(found, keys):
+        if key is not None:
+            votes[key] += reward(node) if weighted else 1
+    return keys.index(max(votes, key=votes.get)) if votes else 0
+
+
+# ---------------------------------------------------------------- the driver
+
+@dataclass(eq=False)
+class Search:
+    """One problem's search and its account. Costs are this problem's share of the batches it took part in."""
+    root: object
+    strategy: object
+    options: dict
+    tokens: float = math.inf          # budget: generated tokens
+    seconds: float = math.inf         # budget
+    spent: int = 0
+    took: float = 0.0
+    prefilled: float = 0.0
+    prm_tokens: float = 0.0
+    found: list = field(default_factory=list)  # (tokens, seconds, last node) of each finished solution, in order
+    tried: list = field(default_factory=list)  # every node that was sampled
+    chosen: object = None                      # what the strategy itself returned, if anything
+
+    def __post_init__(self):
+        self.plan = self.strategy(self.root, left=lambda: self.tokens - self.spent, **self.options)
+        self.request = self.answer(None)
+
+    def answer(self, groups):
+        """Send the new nodes to the strategy; its next request, or None when it is done."""
+        try:
+            return self.plan.send(groups)
+        except StopIteration as stop:
+            self.chosen = stop.value
+            return None
+
+
+def drive(searches, policy, prms=(), combine="mean", progress=None):
+    """Advance all searches together until each is done or out of budget; budgets are checked before each call."""
+    live = [s for s in searches if s.request]
+    while live:
+        for whole in (False, True):
+            asked = [s for s in live if s.request and s.request.whole == whole]
+            if not asked:
+                continue
+            started, before = time.perf_counter(), (policy.prefilled, sum(p.tokens for p in prms))
+            nodes = [n for s in asked for n in s.request.nodes]
+            counts = [c for s in asked for c in ([s.request.n] * len(s.request.nodes)
+                                                 if isinstance(s.request.n, int) else s.request.n)]
+            groups = (policy.complete if whole else policy.propose)(nodes, counts)
+            score(prms, [n for group in groups for n in group], combine)
+            after = (policy.prefilled - before[0], sum(p.tokens for p in prms) - before[1])
+            elapsed = time.perf_counter() - started
+            groups = iter(groups)
+            mine = [[next(groups) for _ in s.request.nodes] for s in asked]
+            new = [sum(n.tokens() - parent.tokens() for parent, group in zip(s.request.nodes, own) for n in group)
+                   for s, own in zip(asked, mine)]
+            for s, own, tokens in zip(asked, mine, new):
+                share = tokens / max(1, sum(new))
+                s.spent += tokens
+                s.took += elapsed * share
+                s.prefilled, s.prm_tokens = s.prefilled + after[0] * share, s.prm_tokens + after[1] * share
+                s.tried += [n for group in own for n in group]
+                s.found += [(s.spent, s.took, n) for group in own for n in group if n.end]
+                s.request = s.answer(own)
+                if s.request and (s.spent >= s.tokens or s.took >= s.seconds):
+                    s.plan.close()
+                    s.request = None
+        if progress is not None:
+            progress.update(sum(s.request is None for s in live))
+        live = [s for s in live if s.request]
+
+
+def score(prms, leaves, combine):
+    """Set p of all new steps; several PRMs are averaged or the most severe one counts (§4.2)."""
+    for prm in prms:
+        for node, p in prm.score_nodes(leaves).items():
+            node.scores.append(p)
+    for leaf in leaves:
+        for node in leaf.path():
+            if node.p is None and node.scores:
+                node.p = min(node.scores) if combine == "min" else statistics.fmean(node.scores)
+
+
+# ---------------------------------------------------------------- from problems to rows
+
+def solve(problems, strategy, policy, prms, args, budgets=None):
+    """Search all problems -> sample rows. budgets: generated tokens for each problem (default: args.tokens)."""
+    def reward_by(how):
+        return lambda node: aggregate([n.p for n in node.path() if n.p is not None], how)
+    options = dict(n=args.n if budgets is None else sys.maxsize, k=args.k, m=args.m, c=args.c,
+                   simulations=args.simulations, simulate=args.simulate, prune=args.prune, adaptive=args.adaptive,
+                   reward=reward_by(args.aggregate), path_score=reward_by(args.beam_score))
+    searches = [Search(policy.root(p.id, p.question, p.domain), STRATEGIES[strategy], options,
+                       tokens=budgets[i] if budgets else args.tokens, seconds=args.seconds if not budgets else math.inf)
+                for i, p in enumerate(problems)]
+    with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
+        drive(searches, policy, prms, args.combine, progress)
+    return searches, sample_rows(problems, searches, strategy, args, policy.separator)
+
+
+def sample_rows(problems, searches, strategy, args, separator):
+    """One judged row a problem (format: README), its samples in the order in which they were found."""
+    flat = [(p, separator.join(node.steps())) for p, s in zip(problems, searches) for _, _, node in s.found]
+    verdicts, keys, rows = iter(tasks.judge_many(flat)), iter(tasks.vote_keys(flat)), []
+    for p, s in zip(problems, searches):
+        nodes, reward = [node for _, _, node in s.found], s.options["reward"]
+        own_keys = [next(keys) for _ in nodes]
+        vote = pick(nodes, reward, own_keys, args.weighted) if nodes else None
+        running = [pick(nodes[:i + 1], reward) for i in range(len(nodes))]
+        picked = vote if strategy == "majority" else running[-1] if nodes else None
+        if strategy == "mcts" and args.choose == "visited" and s.chosen is not None:
+            below = [i for i, node in enumerate(nodes) if s.chosen in [s.root, *node.path()]]
+            picked = max(below, key=lambda i: reward(nodes[i]), default=picked)
+        rows.append({
+            "id": p.id, "domain": p.domain, "question": p.question, "strategy": strategy,
+            **({"tests": p.tests} if p.domain == "code" else {"answer": p.answer}),
+            "samples": [{"steps": n.steps(), "scores": [x.p for x in n.path() if x.text], "answer": key,
+                         "correct": v.ok, "tokens": n.tokens(), "end": n.end}
+                        for n, key, v in zip(nodes, own_keys, verdicts)],
+            "picked": picked, "vote": vote,
+            # the best answer as a function of what has been spent: (tokens, seconds, sample) whenever it changed
+            "curve": [(t, round(sec, 4), now) for i, ((t, sec, _), now) in enumerate(zip(s.found, running))
+                      if i == 0 or now != running[i - 1]],
+            "cost": {"policy_generated": s.spent, "policy_prefilled": round(s.prefilled, 1),
+                     "prm_tokens": round(s.prm_tokens, 1), "seconds": round(s.took, 4)},
+            "overshoot": max(0, s.spent - s.tokens) if s.tokens < math.inf else 0})
+    return rows
+
+
+def compare(row, pool):
+    """What the report needs of a problem: the strategy's pick, and from a pool of plain samples that cost as many
+    tokens: best-of-N, majority vote and the mean single sample."""
+    def right(r, i):
+        return bool(i is not None and r["samples"][i]["correct"])
+    best = pool["curve"][-1][2] if pool["curve"] else None
+    return {"picked": right(row, row["picked"]), "best_of_n": right(pool, best), "majority": right(pool, pool["vote"]),
+            "single": statistics.fmean([s["correct"] for s in pool["samples"]] or [0.0]),
+            "pool_samples": len(pool["samples"]), "pool_tokens": pool["cost"]["policy_generated"]}
+
+
+# ---------------------------------------------------------------- what is printed
+
+def mean_se(values):
+    """Mean and its standard error over problems."""
+    values = [float(v) for v in values]
+    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+
+
+def show(search, row):
+    """The chosen solution step by step, and under each step what else was sampled there, with its p_t."""
+    print(f"\n{row['question']}\n")
+    if row["picked"] is None:
+        return print("no solution was finished")
+    path = search.found[row["picked"]][2].path()
+    for node in path:
+        print("  " + coloured(node.text, node.p))
+        others = {n.text: n for n in search.tried if n.parent is node.parent and n.text != node.text}
+        for other in sorted(others.values(), key=lambda n: -(n.p or 0))[:3]:
+            print("      | " + coloured(other.text, other.p))
+    print(f"  -> {'right' if row['samples'][row['picked']]['correct'] else 'wrong'}, "
+          f"{row['cost']['policy_generated']} tokens generated, {len(search.tried)} nodes in the tree\n")
+
+
+def report(rows, args):
+    """Print the table of each domain; returns the summary that --json writes."""
+    name = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}", "mcts": "MCTS",
+            "majority": f"majority of {args.n}"}[args.strategy]
+    summary = {}
+    for domain in sorted({r["domain"] for r in rows}, reverse=True):
+        own = [r for r in rows if r["domain"] == domain]
+        cost = {k: statistics.fmean(r["cost"][k] for r in own) for k in own[0]["cost"]}
+        print(f"{f'{domain}, {len(own)} problems':<34}accuracy         "
+              "generated  prefilled PRM tokens   seconds / problem")
+        s = summary[domain] = {"problems": len(own), "cost": cost, "overshoot": max(r["overshoot"] for r in own)}
+        pool = statistics.fmean(r["compared"]["pool_tokens"] for r in own)
+        samples = statistics.fmean(r["compared"]["pool_samples"] for r in own)
+        for key, label, spent in (("picked", name, list(cost.values())),
+                                  ("best_of_n", "best-of-N, same tokens", [pool]),
+                                  ("majority", "majority vote, same tokens", [pool]),
+                                  ("single", "a single sample", [pool / max(1, samples)])):
+            s[key], s[key + "_se"] = mean_se([r["compared"][key] for r in own])
+            print(f"  {label:<32}{s[key]:.3f} ± {s[key + '_se']:.3f}  "
+                  + "".join(f"{x:>11.0f}" for x in spent[:3]) + "".join(f"{x:>10.3f}" for x in spent[3:]))
+        if s["overshoot"]:
+            print(f"  the token budget was overshot by at most {s['overshoot']} tokens")
+    return summary
+
+
+# ---------------------------------------------------------------- main
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("--strategy", required=True, choices=STRATEGIES)
+    a("--n", type=int, default=16, help="best-of-N, majority: samples (16)")
+    a("--k", type=int, default=4, help="beam: paths kept, K (4)")
+    a("--m", type=int, default=4, help="beam, MCTS: steps sampled from each path, M (4)")
+    a("--c", type=float, default=0.5, help="MCTS: exploration constant of UCT, in units of Q (0.5)")
+    a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
+    a("--simulate", choices=["rollout", "value"], default="rollout",
+      help="MCTS: value a node by a rollout (as the paper), or by the reward of the path to it")
+    a("--choose", choices=["best", "visited"], default="best", help="MCTS: the best solution, or the most visited")
+    a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward of a solution from its steps' p_t (prod)")
+    a("--beam-score", choices=AGGREGATIONS, default="sum", help="beam: cumulative score of a path (sum, as the paper)")
+    a("--weighted", action="store_true", help="majority: each vote weighs its solution's reward")
+    a("--prune", type=float, default=0.0, help="drop steps whose p_t is lower (0: none)")
+    a("--adaptive", action="store_true", help="more breadth where no step is surely right or PRMs disagree")
+    a("--tokens", type=int, default=None, help="budget: generated tokens a problem")
+    a("--seconds", type=float, default=None, help="budget: seconds a problem")
+    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; several are combined")
+    a("--combine", choices=["mean", "min"], default="mean", help="several PRMs: average, or the most severe")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of tasks.py")
+    a("--data", help="local file instead of the hub")
+    a("--question", help="your own question")
+    a("--domain", choices=["math", "code"], default="math", help="of --question")
+    a("--concurrent", type=int, default=100, help="problems searched together (100)")
+    add_policy_flags(parser, str(TINY / "A"))
+    add_run_flags(parser, limit=100)
+    args = parser.parse_args(argv)
+    check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "seconds", "concurrent")
+    if args.strategy == "mcts" and args.aggregate == "sum":
+        parser.error("--aggregate sum is not in [0, 1], which UCT needs: take last, min, prod or mean")
+    if args.question is not None and not args.question.strip():
+        parser.error("--question is empty")
+    args.tokens, args.seconds = args.tokens or math.inf, args.seconds or math.inf
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    rank, world, device = distributed(args.device)
+    try:
+        if args.question:
+            problems = [tasks.Problem("question", args.question, args.domain)]
+        else:
+            problems = [p for task in args.task
+                        for p in tasks.load(task, data=args.data, limit=args.limit, seed=args.seed)]
+        policy = load_policy_flags(args, device)
+        prms = [load_prm(p, device, policy.dtype, name=f"prm{i}", max_batch_tokens=args.max_batch_tokens)
+                for i, p in enumerate(args.prm)]
+    except ValueError as error:
+        parser.error(str(error))
+    journal = Journal(args.out, rank, args.resume)
+    rows = [r for r in journal.rows if r["id"] in {p.id for p in problems}]
+    done = {r["id"] for r in rows}
+    mine = [p for p in problems if p.id not in done][rank::world]
+    for start in tqdm(range(0, len(mine), args.concurrent), desc="problems", disable=rank > 0 or None):
+        some = mine[start:start + args.concurrent]
+        searches, new = solve(some, args.strategy, policy, prms, args)
+        pools = new
+        if args.strategy in ("beam", "mcts"):  # what the same tokens buy without search
+            _, pools = solve(some, "best_of_n", policy, prms, args, budgets=[max(1, s.spent) for s in searches])
+        for row, pool in zip(new, pools):
+            row["compared"] = compare(row, pool)
+        journal.append(new)
+        if start == 0 and rank == 0:
+            for i in {r["domain"]: i for i, r in reversed(list(enumerate(new)))}.values():
+                show(searches[i], new[i])
+        rows += new
+    rows = journal.finish(rows, [p.id for p in problems], world)
+    if rank == 0 and not args.question:
+        summary = report(rows, args)
+        if args.json:
+            Path(args.json).write_text(json.dumps({"args": vars(args), **summary}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
