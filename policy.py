@@ -403,8 +403,11 @@ FINAL = re.compile(r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}")
 
 
 def _closed(text, separator):
-    """Does this text end a step? Not on leading line ends alone, and never inside an open code fence."""
-    return bool(text.strip()) and separator in text.lstrip() and text.count("```") % 2 == 0
+    """Is there a separator that ends a step: after some text, and not inside an open code fence?"""
+    at = text.find(separator, len(text) - len(text.lstrip()))
+    while at >= 0 and text.count("```", 0, at) % 2:
+        at = text.find(separator, at + 1)
+    return at >= 0
 
 
 def _line(node):

@@ -50,7 +50,9 @@ class PRM(nn.Module):
         self.format = {"separator": separator, "template": template, "system": system, "dropout": dropout,
                        "base_model": base_model}
         self.separator_ids = self._ids(separator)
-        if tokenizer.unk_token_id in self.separator_ids or tokenizer.decode(self.separator_ids) != separator:
+        # A mark such as <extra_0> must be one token; line ends may take several.
+        if not self.separator_ids or (separator.strip() and len(self.separator_ids) > 1) or \
+                tokenizer.decode(self.separator_ids) != separator:
             raise ValueError(f"{base_model or name}: the tokenizer has no token for the separator {separator!r}")
         self.tokens, self.seconds = 0, 0.0  # encoded by score() and score_nodes(), all told
 

@@ -111,10 +111,7 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
         for node in reversed(path):
             if node.end or (node in children and all(s in closed for s in children[node])):
                 closed.add(node)
-    visited = root  # for --choose visited: down the most visited steps
-    while visited in children:
-        visited = max(children[visited], key=lambda s: N[s])
-    return visited
+    return N, children
 
 
 def uct_select(node, children, N, Q, c):
@@ -167,7 +164,7 @@ class Search:
     prm_tokens: float = 0.0
     found: list = field(default_factory=list)  # (tokens, seconds, last node) of each finished solution, in order
     tried: list = field(default_factory=list)  # every node that was sampled
-    chosen: object = None                      # what the strategy itself returned, if anything
+    result: object = None                      # what the strategy returned, if it came to its end
 
     def __post_init__(self):
         self.plan = self.strategy(self.root, left=lambda: self.tokens - self.spent, **self.options)
@@ -178,7 +175,7 @@ class Search:
         try:
             return self.plan.send(groups)
         except StopIteration as stop:
-            self.chosen = stop.value
+            self.result = stop.value
             return None
 
 
@@ -256,8 +253,12 @@ def sample_rows(problems, searches, strategy, args, separator):
         vote = pick(nodes, reward, own_keys, args.weighted) if nodes else None
         running = [pick(nodes[:i + 1], reward) for i in range(len(nodes))]
         picked = vote if strategy == "majority" else running[-1] if nodes else None
-        if strategy == "mcts" and args.choose == "visited" and s.chosen is not None:
-            below = [i for i, node in enumerate(nodes) if s.chosen in [s.root, *node.path()]]
+        if strategy == "mcts" and args.choose == "visited" and s.result is not None:
+            N, children = s.result
+            visited = s.root
+            while visited in children:
+                visited = max(children[visited], key=lambda a: N[a])
+            below = [i for i, node in enumerate(nodes) if visited in [s.root, *node.path()]]
             picked = max(below, key=lambda i: reward(nodes[i]), default=picked)
         rows.append({
             "id": p.id, "domain": p.domain, "question": p.question, "strategy": strategy,

@@ -1,0 +1,37 @@
+"""Models for tests: a random Qwen2 of 30,000 parameters with the tiny world's tokenizer. Nothing is downloaded."""
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "tiny"
+torch.set_num_threads(1)
+
+
+def random_qwen(seed=0, layers=2, hidden=32, **keywords):
+    """Large random weights: next-token distributions are far from uniform, and differences show."""
+    torch.manual_seed(seed)
+    config = Qwen2Config(vocab_size=512, hidden_size=hidden, intermediate_size=64, num_hidden_layers=layers,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512,
+                         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None,
+                         initializer_range=0.3, step_separator="\n", **keywords)
+    return Qwen2ForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(TINY / "A")
+
+
+@pytest.fixture(scope="session")
+def lm_folder(tmp_path_factory, tokenizer):
+    """A random LM as save_pretrained leaves it."""
+    folder = tmp_path_factory.mktemp("lm")
+    random_qwen().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,196 @@
+"""The tree cache and the sampler: cached = uncached = batched, and a sample depends on nothing but its own key."""
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from conftest import random_qwen
+
+import policy as policy_module
+from policy import Node, Policy, ServerPolicy, child_key, load_policy, sample, uniform
+
+QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How many now?", "Let a be xs in reverse. Return a."]
+
+
+def make(tokenizer, model=None, **keywords):
+    keywords = {"max_step_tokens": 12, "max_steps": 5, **keywords}
+    return Policy(model or random_qwen(), tokenizer, "\n", **keywords)
+
+
+def roots(policy):
+    return [policy.root(f"p{i}", q) for i, q in enumerate(QUESTIONS)]
+
+
+def log_probability(model, node):
+    """The oracle: one plain forward over the whole text, no cache, no batch."""
+    line = [node.root(), *node.path()]
+    ids = [i for n in line for i in n.ids]
+    with torch.inference_mode():
+        logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    n = len(node.ids)
+    return sum(logp[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
+
+
+def test_log_probabilities_equal_those_of_a_plain_forward(tokenizer):
+    policy = make(tokenizer)
+    steps = [n for group in policy.propose(roots(policy), 5) for n in group]
+    deeper = [n for group in policy.propose([n for n in steps if n.end is None], 3) for n in group]
+    whole = [n for group in policy.complete(roots(policy), 4) for n in group]
+    assert deeper, "no step went on: the random model must be changed"
+    for node in steps + deeper:
+        assert node.logp == pytest.approx(log_probability(policy.lm, node), abs=1e-3)
+    for end in whole:
+        assert sum(n.logp for n in end.path()) == pytest.approx(sum(log_probability(policy.lm, n) for n in end.path()), abs=1e-3)
+    assert policy.generated == sum(len(n.ids) for n in steps + deeper) + sum(n.tokens() for n in whole)
+
+
+def test_a_sample_does_not_depend_on_what_else_is_in_the_batch(tokenizer):
+    together = [[n.ids for n in group] for group in (lambda p: p.propose(roots(p), 6))(make(tokenizer))]
+    for i in range(len(QUESTIONS)):
+        for keywords in ({}, {"max_batch_tokens": 64}):  # alone; alone and in batches of very few rows
+            alone = make(tokenizer, **keywords)
+            assert [n.ids for n in alone.propose([roots(alone)[i]], 6)[0]] == together[i]
+    in_two_calls = make(tokenizer)
+    root = roots(in_two_calls)[1]
+    assert [n.ids for _ in range(2) for n in in_two_calls.propose([root], 3)[0]] == together[1]
+    other_seed = make(tokenizer, seed=1)
+    assert [n.ids for n in other_seed.propose([roots(other_seed)[1]], 6)[0]] != together[1]
+
+
+def test_every_token_of_a_shared_prefix_is_encoded_once(tokenizer):
+    policy = make(tokenizer)
+    root = roots(policy)[1]
+    policy.propose([root], 8)
+    policy.propose([root], 8)
+    assert policy.prefilled == len(root.ids)
+    # Existing text: two solutions that share their first step. Prompt, shared step, two different second steps.
+    policy = make(tokenizer)
+    root = roots(policy)[1]
+    shared = policy.adopt(root, ["January: 12+5=17"])
+    ends = [policy.adopt(shared, [text]) for text in ("Answer: 17", "Wait, January: 12+5=17")]
+    policy.propose(ends, 1)
+    assert policy.prefilled == sum(len(n.ids) for n in [root, shared, *ends])
+
+
+def test_greedy_equals_generate(tokenizer):
+    policy = make(tokenizer, temperature=0, max_step_tokens=10, max_steps=1)
+    root = roots(policy)[1]
+    out = policy.lm.generate(torch.tensor([root.ids]), max_new_tokens=10, do_sample=False)[0, len(root.ids):].tolist()
+    [[end]] = policy.complete([root], 1)
+    assert [i for n in end.path() for i in n.ids] == out
+
+
+def test_sampling_follows_the_distribution_and_top_p():
+    keys = torch.tensor([child_key(0, i) for i in range(20000)])
+    u = uniform(keys, 3)
+    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
+    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(len(keys), 3)
+    tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=1.0)
+    assert torch.allclose(torch.bincount(tokens) / len(keys), torch.tensor([0.5, 0.3, 0.2]), atol=0.015)
+    tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=0.6)  # 0.5 alone does not reach 0.6: two tokens stay
+    assert torch.allclose(torch.bincount(tokens, minlength=3) / len(keys), torch.tensor([0.625, 0.375, 0.0]), atol=0.015)
+
+
+@pytest.mark.parametrize("text, want", [
+    ("a\n\nb", ["a\n\n", "b"]), ("\n\na\n\nb", ["\n\na\n\n", "b"]),
+    ("say\n\n```\nx = 1\n\ny = 2\n```\n\nend", ["say\n\n", "```\nx = 1\n\ny = 2\n```\n\n", "end"]),
+    ("```\nopen\n\nfor ever", ["```\nopen\n\nfor ever"])])
+def test_steps_end_at_separators_but_not_inside_a_code_fence(tokenizer, text, want):
+    ids = tokenizer(text)["input_ids"]
+    newline = torch.tensor(["\n" in tokenizer.decode([i]) for i in range(len(tokenizer))])
+    spans = policy_module._split(ids, tokenizer, "\n\n", newline)
+    assert [tokenizer.decode(ids[a:b]) for a, b in spans] == want
+
+
+def test_how_a_solution_ends(tokenizer):
+    policy = make(tokenizer)
+    root = roots(policy)[0]
+
+    def end_of(text, eos=False):
+        ids = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id] * eos
+        return policy._nodes(root, 0, ids, [0.0] * len(ids), None, whole=False).end
+    assert end_of("so it is \\boxed{\\frac{1}{2}}\n") == "answer"
+    assert end_of("so it is \\boxed{1", eos=True) == "eos"
+    assert end_of("January: 7+5=12\n") is None
+    assert end_of("January: 7+5") == "length"  # the limit of a step was reached before its separator
+
+
+def test_errors_are_one_line_and_say_what_to_do(tokenizer, tmp_path):
+    policy = make(tokenizer)
+    with pytest.raises(ValueError, match="p1: the question is empty"):
+        policy.root("p1", " ")
+    ended = Node("x", policy.root("p", "q"), [1], end="eos")
+    with pytest.raises(ValueError, match="has ended"):
+        policy.propose([ended], 1)
+    with pytest.raises(ValueError, match="pass the path of a local folder"):
+        load_policy("nobody/nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    with pytest.raises(ValueError, match="holds: config.json; needed are"):
+        load_policy(tmp_path)
+
+
+class Handler(BaseHTTPRequestHandler):
+    """A small real server: says busy once, then answers. It continues "one\\n\\ntwo ```...```\\n\\nthree"."""
+    script = "one\n\n```\na\n\nb\n```\n\nthree"
+    busy, seen = 1, []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        cls = type(self)
+        cls.seen.append(body)
+        if body["model"] != "m":
+            return self.reply(404, {"error": {"message": "no model of that name"}})
+        if cls.busy:
+            cls.busy -= 1
+            return self.reply(503, {"error": "busy"})
+        written = body["prompt"].split("Q?\n\n", 1)[1]
+        rest = self.script[len(written):]
+        cut = rest.find(body["stop"][0]) if "stop" in body else -1
+        text = rest if cut < 0 else rest[:cut]
+        choice = {"text": text, "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5] * len(text.split())}}
+        return self.reply(200, {"choices": [choice] * body["n"]})
+
+    def reply(self, code, body):
+        data = json.dumps(body).encode()
+        self.send_response(code)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    monkeypatch.setattr(policy_module.time, "sleep", lambda s: None)
+    Handler.busy, Handler.seen = 1, []
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=httpd.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{httpd.server_port}/v1"
+    httpd.shutdown()
+
+
+def test_a_server_is_a_policy_too(server):
+    policy = load_policy(server, served="m")
+    [[first, again]] = policy.propose([policy.root("p", "Q?")], 2)  # after one 503
+    assert (first.text, first.end, first.logp) == ("one", None, -0.5) and first.key != again.key
+    [[second]] = policy.propose([first], 1)
+    assert second.text == "```\na\n\nb\n```" and second.end is None  # the stop inside the fence was stepped over
+    [[third]] = policy.propose([second], 1)
+    [[over]] = policy.propose([third], 1)
+    assert third.text == "three" and (over.text, over.end) == ("", "eos") and over.steps()[-1] == "three"
+    [[end]] = policy.complete([policy.root("p", "Q?")], 1)
+    assert end.steps() == ["one", "```\na\n\nb\n```", "three"] and end.end == "eos"
+    assert len({body["seed"] for body in Handler.seen[1:5]}) > 1
+    with pytest.raises(ValueError, match="no model of that name"):
+        bad = ServerPolicy(server, "other")
+        bad.propose([bad.root("p", "Q?")], 1)
+
+
+def test_a_server_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(policy_module.time, "sleep", lambda s: None)
+    policy = ServerPolicy("http://127.0.0.1:9", "m", retries=2)
+    with pytest.raises(ValueError, match="did not answer after 2 tries"):
+        policy.propose([policy.root("p", "Q?")], 1)
