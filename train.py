@@ -326,22 +326,20 @@ def plot(out):
 # ---------------------------------------------------------------- files
 
 def take_out(out, resume, overwrite, needed):
-    """Make sure that --out can be written before anything is trained."""
+    """What keeps --out from being written, or None: asked before anything is trained."""
     taken = [f.name for f in out.iterdir()] if out.is_dir() else []
-    if taken and not resume:
-        if not overwrite:
-            raise ValueError(f"--out {out} is taken: --resume goes on with it, --overwrite starts it again")
-        if "log.jsonl" not in taken and "prm_head.safetensors" not in taken:
-            raise ValueError(f"--out {out} holds other things than a PRM: not overwritten")
+    if taken and not resume and not overwrite:
+        return f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
+    if taken and not {"log.jsonl", "prm_head.safetensors"} & set(taken):
+        return f"--out {out} holds other things than a PRM: not touched"
     try:
         out.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(out).free
         (out / ".room").write_bytes(b"0" * 4096)
-        (out / ".room").unlink(missing_ok=True)
+        (out / ".room").unlink()
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    if free < needed:
-        raise ValueError(f"--out {out} needs {needed / 1e9:.1f} GB for weights and checkpoints, {free / 1e9:.1f} GB are free")
+        return f"--out {out} cannot be written: {error.strerror}"
+    return None if free > needed else f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 def promote(out):
@@ -394,6 +392,7 @@ def parse(argv):
     a("--limit", type=int, default=0, help="read only the first rows of each set")
     a("--mask-after-first-error", action="store_true", help="no loss on the steps after the first wrong one")
     a("--max-length", type=int, default=2048, help="tokens; what lies beyond is cut off (default 2048)")
+    a("--val-data", nargs="+", metavar="SET[:SHARE]", help="validation sets (default: problems held out of --data)")
     a("--val-fraction", type=float, default=0.05, help="share of the problems held out (default 0.05)")
     a("--val-samples", type=int, default=2000, help="held-out rows to evaluate on at most (default 2000)")
     a = parser.add_argument_group("model").add_argument
@@ -425,6 +424,7 @@ def parse(argv):
     a("--save-dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="of the PRM's files")
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
     a("--checkpointing", action="store_true", help="recompute activations layer by layer: less memory, a third slower")
+    a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
     a("--pretraining-tokens", type=float, help="of the backbone, for its FLOPs (default 18e12 for Qwen2.5)")
     a("--log-every", type=int, default=1, help="steps between printed lines; log.jsonl has them all")
     a("--plot", action="store_true", help="draw OUT/curves.png in the end")
@@ -438,13 +438,17 @@ def parse(argv):
 
 def main(argv=None):
     parser, args = parse(argv)
+    stop = []
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # pre-emption: finish the step, save, exit 0
     try:
-        return train(args)
+        return train(args, stop)
     except (ValueError, OSError) as error:
         parser.exit(2, f"train.py: error: {error}\n")
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def train(args):
+def train(args, stop):
     # -------- setup: one process or one of torchrun's; CPU (gloo) and GPU (nccl) take the same path
     rank, world, device = distributed(args.device)
     device, out = torch.device(device), Path(args.out)
@@ -475,9 +479,15 @@ def train(args):
 
     # -------- data: all rows of all sets, split by problem
     found = load_data(args.data, args.format, args.neutral, args.samples, args.limit, args.seed)
-    held = [held_out(row["prompt"], args.val_fraction) for _, row in found]
-    train_found = [x for x, h in zip(found, held) if not h]
-    val_found = [x for x, h in zip(found, held) if h][:args.val_samples]
+    if args.val_data:
+        val_found = load_data(args.val_data, args.format, args.neutral, args.samples, args.limit, args.seed)
+        asked = {row["prompt"] for _, row in val_found}
+        train_found = [(where, row) for where, row in found if row["prompt"] not in asked]
+    else:
+        held = [held_out(row["prompt"], args.val_fraction) for _, row in found]
+        train_found = [x for x, h in zip(found, held) if not h]
+        val_found = [x for x, h in zip(found, held) if h]
+    val_found = val_found[:args.val_samples]
     if not val_found or not train_found:
         problems = len({row["prompt"] for _, row in found})
         raise ValueError(f"{'validation' if train_found else 'training'} would be empty: {problems} problems, "
@@ -491,13 +501,19 @@ def train(args):
     config = prm.backbone.config
     if args.freeze_backbone:
         prm.backbone.requires_grad_(False)
+    if args.compile:
+        prm.backbone.compile(dynamic=True)
     if args.checkpointing:
         prm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
     # N counts what multiplies activations: the embedding is looked up, and the LM head is gone
     N = sum(p.numel() for p in prm.parameters()) - prm.backbone.get_input_embeddings().weight.numel()
     trained = sum(p.numel() for p in prm.parameters() if p.requires_grad)
     total = sum(p.numel() for p in prm.parameters())
-    take_out(out, args.resume, args.overwrite, needed=2 * (4 * total + 4 * total + 8 * trained))
+    problem = [take_out(out, args.resume, args.overwrite, needed=2 * (8 * total + 8 * trained)) if master else None]
+    if world > 1:
+        dist.broadcast_object_list(problem)
+    if problem[0]:
+        raise ValueError(problem[0])
 
     longest = min(args.max_length, args.batch_tokens, config.max_position_embeddings)
     data = encode_rows(prm, train_found, longest, args.mask_after_first_error, master)
@@ -578,8 +594,6 @@ def train(args):
 
     # -------- the loop
     peak = next((f for name, f in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
-    stop = []
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # pre-emption: finish the step, save, exit 0
     saved = getattr(torch, args.save_dtype)
     if progress["step"] == 0:
         figures = evaluate(prm, val, val_plan, rank, world, device, autocast)
@@ -664,7 +678,6 @@ def train(args):
             return None
 
     # -------- the end: the best PRM stays, what resuming needed goes
-    signal.signal(signal.SIGTERM, before)
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     result = dict(best_step=progress["best_step"], best=progress["best"], stopped_early=stopped, flops=progress["flops"],
