@@ -125,7 +125,10 @@ def uct_select(node, children, N, Q, c):
 
 def merge(steps):
     """Steps of one parent without duplicates: the first of equal texts stays."""
-    return list({(s.text, s.end is None): s for s in reversed(steps)}.values())[::-1]
+    seen = {}
+    for step in steps:
+        seen.setdefault((step.text, step.end is None), step)
+    return list(seen.values())
 
 
 def unsure(steps):
@@ -387,7 +390,7 @@ def main(argv=None):
         policy = load_policy_flags(args, device)
         prms = [load_prm(p, device, policy.dtype, name=f"prm{i}", max_batch_tokens=args.max_batch_tokens)
                 for i, p in enumerate(args.prm)]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     journal = Journal(args.out, rank, args.resume)
     rows = [r for r in journal.rows if r["id"] in {p.id for p in problems}]

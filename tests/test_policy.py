@@ -10,7 +10,8 @@ from conftest import random_qwen
 import policy as policy_module
 from policy import Node, Policy, ServerPolicy, child_key, load_policy, sample, uniform
 
-QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How many now?", "Let a be xs in reverse. Return a."]
+QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How many now?",
+             "Let a be xs in reverse. Return a."]
 
 
 def make(tokenizer, model=None, **keywords):
@@ -41,7 +42,8 @@ def test_log_probabilities_equal_those_of_a_plain_forward(tokenizer):
     for node in steps + deeper:
         assert node.logp == pytest.approx(log_probability(policy.lm, node), abs=1e-3)
     for end in whole:
-        assert sum(n.logp for n in end.path()) == pytest.approx(sum(log_probability(policy.lm, n) for n in end.path()), abs=1e-3)
+        want = sum(log_probability(policy.lm, n) for n in end.path())
+        assert sum(n.logp for n in end.path()) == pytest.approx(want, abs=1e-3)
     assert policy.generated == sum(len(n.ids) for n in steps + deeper) + sum(n.tokens() for n in whole)
 
 
@@ -89,7 +91,8 @@ def test_sampling_follows_the_distribution_and_top_p():
     tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=1.0)
     assert torch.allclose(torch.bincount(tokens) / len(keys), torch.tensor([0.5, 0.3, 0.2]), atol=0.015)
     tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=0.6)  # 0.5 alone does not reach 0.6: two tokens stay
-    assert torch.allclose(torch.bincount(tokens, minlength=3) / len(keys), torch.tensor([0.625, 0.375, 0.0]), atol=0.015)
+    shares = torch.bincount(tokens, minlength=3) / len(keys)
+    assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0]), atol=0.015)
 
 
 @pytest.mark.parametrize("text, want", [

@@ -139,7 +139,8 @@ def test_published_two_class_checkpoints_fold_into_one_logit(tmp_path, tokenizer
 def test_the_command_shows_each_step_with_its_probability(prm, tmp_path, capsys):
     prm.save(tmp_path / "prm")
     rows = tmp_path / "rows.jsonl"
-    rows.write_text(json.dumps({"prompt": QUESTIONS[1], "completions": SOLUTIONS[1], "labels": [1, 1, 1]}) + "\n{oops\n")
+    row = {"prompt": QUESTIONS[1], "completions": SOLUTIONS[1], "labels": [1, 1, 1]}
+    rows.write_text(json.dumps(row) + "\n{oops\n")
     main(["--prm", str(tmp_path / "prm"), "--file", str(rows), "--limit", "1"])
     lines = capsys.readouterr().out.splitlines()
     want = plain_score(prm, QUESTIONS[1], SOLUTIONS[1])

@@ -10,6 +10,8 @@ every kind of mistake and corrects it. Only the train split's problems are ever 
 seed on one machine with a fixed number of threads. The PRM is trained by train.py, from labels that annotate.py makes.
 """
 import argparse
+import gzip
+import itertools
 import json
 import math
 import os
@@ -39,6 +41,9 @@ MODELS = {
     "m": ("careful", 96, 5, 4, 1500, 64, 6),
     "l": ("careful", 128, 6, 4, 1500, 64, 7),
 }
+
+
+STAGES = ["tokenizer", *MODELS, "rows"]
 
 
 def solution_text(steps):
@@ -146,20 +151,45 @@ def train_lm(name, tokenizer, out, threads):
     return record["minutes"]
 
 
+def make_rows(out, policy, problems, samples, seed=0):
+    """Stepwise rows for train.py: solutions sampled from a policy on train problems, with the true labels."""
+    from policy import load_policy
+    policy = load_policy(out / policy, seed=seed, max_step_tokens=40, max_steps=20)
+    partial = out / "rows.partial.gz"
+    with gzip.GzipFile(partial, "wb", mtime=0) as file:
+        for domain in ("math", "code"):
+            stream = world.problems(domain, "train", problems, seed=f"rows {seed}")
+            for some in iter(lambda: list(itertools.islice(stream, 256)), []):  # noqa: B023
+                roots = [policy.root(p["id"], p["question"], domain) for p in some]
+                for p, ends in zip(some, policy.complete(roots, samples)):
+                    for i, steps in enumerate(dict.fromkeys(tuple(e.steps()) for e in ends)):
+                        row = {"id": f"{p['id']}-{i}", "domain": domain, "source": "tiny world, policy A, true labels",
+                               "prompt": p["question"], "completions": steps, "labels": world.grade(p, steps)}
+                        file.write((json.dumps(row) + "\n").encode())
+                print(f"rows: {domain} up to {some[-1]['id']}, {policy.generated} tokens", flush=True)
+    os.replace(partial, out / "rows.jsonl.gz")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the models")
-    parser.add_argument("--stages", nargs="+", default=["tokenizer", *MODELS], choices=["tokenizer", *MODELS])
+    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--problems", type=int, default=6000, help="of each domain, for the rows (6000)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--overwrite", action="store_true", help="make a stage again that is done")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for stage in args.stages:
-        if (args.out / stage).exists() and not args.overwrite:
+        made = args.out / ("rows.jsonl.gz" if stage == "rows" else stage)
+        if made.exists() and not args.overwrite:
             print(f"{stage}: done already")
             continue
         if stage == "tokenizer":
             make_tokenizer(args.out / "tokenizer")
+            continue
+        if stage == "rows":
+            torch.set_num_threads(args.threads)
+            make_rows(args.out, "A", problems=args.problems, samples=3)
             continue
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
         print(f"{stage}: {train_lm(stage, tokenizer, args.out, args.threads):.1f} minutes")

@@ -57,7 +57,8 @@ LISTS = {"drop_first": lambda xs, n: xs[n:], "keep_first": lambda xs, n: xs[:n],
          "up": lambda xs, n: sorted(xs), "down": lambda xs, n: sorted(xs)[::-1]}
 RETURNS = {"sum": ("the sum of {x}", "sum({x})"), "len": ("the number of items of {x}", "len({x})"),
            "all": ("{x}", "{x}")}
-STEPS = {"math": (5, 9), "code": (4, 7)}  # operations per problem: the knob of difficulty
+# Operations per problem, the knob of difficulty. Test problems are such that the shipped policy solves 30 to 60 %.
+STEPS = {"train": {"math": (5, 9), "code": (4, 7)}, "test": {"math": (5, 9), "code": (3, 6)}}
 
 # Habits: for the kinds of step on the left, an author writes the wrong thing on the right (see _habit_math, _code).
 SWAPS = {"last": {"drop_last": "keep_last", "keep_last": "drop_last"}, "bound": {"at_least": "more", "at_most": "less"},
@@ -84,7 +85,7 @@ def problems(domain, split="test", n=None, seed=0, steps=None):
     while n is None or i < n:
         rng = random.Random(f"{domain} {split} {seed} {steps} {i}")
         while True:
-            p = _draw(domain, rng, *(steps or STEPS[domain]))
+            p = _draw(domain, rng, *(steps or STEPS[split][domain]))
             digest = hashlib.blake2b(repr(p["meta"]).encode(), digest_size=2).digest()
             if (digest[0] < 26) == (split == "test"):  # one problem in ten belongs to the test split
                 break

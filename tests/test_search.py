@@ -1,0 +1,249 @@
+"""The strategies on scripted trees where the right behaviour is known, and the whole script on the shipped models."""
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+from conftest import ROOT, TINY
+
+import search
+from policy import Node
+from search import Search, beam, best_of_n, drive, mcts, merge, pick, uct_select
+
+
+class Script:
+    """Policy and PRM in one: a tree written down as {text so far: [(next step, p, ends), ...]}. A sample takes the
+    children in turn; each step costs one token. Nothing is random, so every expected value can be worked out."""
+    prefilled = tokens = 0
+
+    def __init__(self, tree):
+        self.tree = tree
+
+    def step(self, node, i):
+        options = self.tree["".join(node.steps())]
+        text, p, ends = options[i % len(options)]
+        new = Node(text, node, ids=[0], end="eos" if ends else None, depth=node.depth + 1)
+        new.true_p = p
+        return new
+
+    def propose(self, nodes, counts):
+        out = []
+        for node, n in zip(nodes, counts):
+            out.append([self.step(node, node.drawn + i) for i in range(n)])
+            node.drawn += n
+        return out
+
+    def complete(self, nodes, counts):
+        out = [group for group in self.propose(nodes, counts)]
+        for group in out:
+            for i, node in enumerate(group):
+                while node.end is None:
+                    node = self.step(node, 0)
+                group[i] = node
+        return out
+
+    def score_nodes(self, leaves):
+        return {n: n.true_p for leaf in leaves for n in leaf.path() if n.p is None}
+
+
+def reward(node):
+    return math.prod(n.p for n in node.path())
+
+
+def total(node):
+    return sum(n.p for n in node.path())
+
+
+def run(strategy, tree, tokens=math.inf, **options):
+    options = {"reward": reward, "path_score": total, **options}
+    s = Search(Node("Q"), strategy, options, tokens=tokens)
+    script = Script(tree)
+    drive([s], script, [script])
+    nodes = [node for _, _, node in s.found]
+    return s, ("".join(nodes[pick(nodes, reward)].steps()) if nodes else None)
+
+
+# "a" looks best and leads nowhere; "b" looks worse and leads to the only good end.
+DECEPTIVE = {"": [("a", 0.9, False), ("c", 0.8, False), ("b", 0.5, False)],
+             "a": [("x", 0.1, True), ("y", 0.1, True)], "c": [("x", 0.1, True), ("y", 0.1, True)],
+             "b": [("x", 0.9, True), ("y", 0.2, True)]}
+
+
+# by hand: a = 0.6 + sqrt(ln 10 / 9) = 1.106, b = 0.3 + sqrt(ln 10 / 1) = 1.817
+@pytest.mark.parametrize("c, want", [(0.0, "a"), (1.0, "b")])
+def test_uct_matches_hand_computation(c, want):
+    assert uct_select("s", ["a", "b"], {"s": 10, "a": 9, "b": 1}, {"a": 0.6, "b": 0.3}, c) == want
+
+
+def test_an_unvisited_child_goes_first_and_ties_keep_sampling_order():
+    assert uct_select("s", ["a", "b", "c"], Counter(s=3, a=3), {"a": 1.0, "b": 0.0, "c": 0.0}, 1.0) == "b"
+
+
+def test_greedy_and_beam_lose_a_deceptive_tree_that_mcts_wins():
+    assert run(beam, DECEPTIVE, k=1, m=3)[1] == "ax"
+    assert run(beam, DECEPTIVE, k=2, m=3)[1] in ("ax", "ay", "cx", "cy")
+    assert run(mcts, DECEPTIVE, m=3, simulations=12, c=0.5)[1] == "bx"
+    assert run(mcts, DECEPTIVE, m=3, simulations=12, c=0.5, simulate="value")[1] == "bx"
+
+
+def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
+    tree = {"": [("a", 0.9, False), ("a", 0.9, False), ("b", 0.8, True)], "a": [("x", 0.3, True), ("y", 0.2, False)],
+            "ay": [("z", 0.9, True)]}
+    s, _ = run(beam, tree, k=2, m=2)
+    # step 1 draws 4: a a b a -> beams a, b(end). Step 2 from a: ax 1.2 (end), ay 1.1; kept: ax, ay; b has 0.8.
+    # step 3 from ay: z, z -> merged; ayz = 2.0.
+    assert s.spent == 4 + 2 + 2
+    assert {"".join(n.steps()) for _, _, n in s.found} == {"b", "ax", "ayz"}
+    assert [n.text for n in merge([Node("a"), Node("b"), Node("a")])] == ["a", "b"]
+
+
+def test_root_visits_equal_simulations_and_q_is_the_mean():
+    wide = {"": [(c, 0.5, False) for c in "abc"], **{c: [("x", 0.5, False)] for c in "abc"},
+            **{c + "x": [("y", p, True)] for c, p in zip("abc", (0.1, 0.5, 0.9))}}
+    s, best = run(mcts, wide, m=3, simulations=7, c=1.0)
+    N, children = s.result
+    assert N[s.root] == 7 == sum(N[a] for a in children[s.root]) and best == "cxy"
+    s, _ = run(mcts, wide, m=3, simulations=10_000, c=1.0)  # the whole tree is known long before: the search ends
+    assert s.result[0][s.root] < 20
+
+
+@pytest.mark.parametrize("strategy, options", [(best_of_n, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
+                                               (mcts, {"m": 2, "simulations": 10**6, "c": 1.0})])
+def test_budgets_are_respected_within_one_call(strategy, options):
+    tree = {}  # ten levels and a fan of two: far more than the budget can see
+
+    def grow(text, depth):
+        tree[text] = [(c, 0.5, depth == 9) for c in "ab"]
+        if depth < 9:
+            for c in "ab":
+                grow(text + c, depth + 1)
+    grow("", 0)
+    s, _ = run(strategy, tree, tokens=50, **options)
+    assert s.spent <= 50 + 10 and s.request is None  # a whole solution is 10 tokens: one call's worth
+    assert s.spent >= 50 or strategy is beam         # a beam of two is done with ten levels before
+
+
+def test_adaptive_breadth_and_pruning():
+    sure = {"": [("a", 0.95, True), ("b", 0.9, True)]}
+    hard = {"": [("a", 0.3, True), ("b", 0.2, True)]}
+    assert run(beam, sure, k=1, m=4, adaptive=True)[0].spent == 2
+    assert run(beam, hard, k=1, m=4, adaptive=True)[0].spent == 6
+    assert run(beam, DECEPTIVE, k=3, m=3, prune=0.85)[0].spent < run(beam, DECEPTIVE, k=3, m=3)[0].spent
+
+
+def test_pick():
+    def node(p, end="eos"):
+        return Node("x", Node("Q"), p=p, end=end)
+    found = [node(0.2), node(0.9), node(0.9), node(0.3)]
+    assert pick(found, reward) == 1                                           # ties go to the first
+    assert pick([node(0.9, "length"), node(0.1)], reward) == 1                # a cut-off solution has no answer
+    assert pick(found, reward, ["7", "8", "8", "7"]) == 0                     # a tied vote: the first seen
+    assert pick(found, reward, ["7", "8", "8", "7"], weighted=True) == 1      # 0.5 against 1.8
+    assert pick(found, reward, [None, None, "3", "4"]) == 2                   # no answer is no vote
+
+
+def test_problems_searched_together_are_searched_as_alone():
+    scripts = [DECEPTIVE, {**DECEPTIVE, "": [("b", 0.7, False), ("a", 0.6, False)]}]
+    alone = [run(mcts, t, m=3, simulations=9, c=0.5) for t in scripts]
+    for tree, (s, _) in zip(scripts, alone):
+        searches = [Search(Node("Q"), mcts, {"m": 3, "simulations": n, "c": 0.5, "reward": reward}) for n in (2, 9, 5)]
+        script = Script(tree)
+        drive(searches, script, [script])
+        assert ["".join(n.steps()) for _, _, n in searches[1].found] == ["".join(n.steps()) for _, _, n in s.found]
+        assert searches[1].spent == s.spent
+
+
+# ---------------------------------------------------------------- the script, on the shipped models
+
+def command(*flags, ranks=0):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
+    return [sys.executable, *launch, str(ROOT / "search.py"), "--task", "tiny-math", "--limit", "6",
+            "--max-step-tokens", "40", "--max-steps", "16", *flags]
+
+
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def results(file):
+    """Rows without the seconds, which differ from run to run, and with scores rounded to what fp32 promises."""
+    rows = [json.loads(line) for line in open(file)]
+    for row in rows:
+        row["cost"] = row["cost"]["policy_generated"]
+        row["curve"] = [(t, i) for t, _, i in row["curve"]]
+        for s in row["samples"]:
+            s["scores"] = [round(p, 3) for p in s["scores"]]
+    return rows
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    out = tmp_path_factory.mktemp("one") / "rows.jsonl"
+    subprocess.run(command("--strategy", "beam", "--out", str(out)), env=ENV, check=True, capture_output=True)
+    return results(out)
+
+
+def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    subprocess.run(command("--strategy", "beam", "--out", str(out), ranks=2), env=ENV, check=True, capture_output=True)
+    assert results(out) == one_process and [f.name for f in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path):
+    out = tmp_path / "rows.jsonl"
+    flags = command("--strategy", "beam", "--out", str(out), "--concurrent", "1")
+    child = subprocess.Popen(flags, env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    part, deadline = tmp_path / "rows.jsonl.part0", time.time() + 120
+    while not (part.exists() and part.read_text().count("\n") >= 2) and time.time() < deadline and child.poll() is None:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    assert part.exists() and not out.exists()
+    with open(part, "a") as file:
+        file.write('{"id": "half a li')  # what a kill in the middle of a write leaves
+    again = subprocess.run(flags, env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0 or "exists" in again.stderr or not out.exists()
+    subprocess.run([*flags, "--resume"], env=ENV, check=True, capture_output=True)
+    assert results(out) == one_process
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--n", "0"], "--n must be positive"), (["--tokens", "-5"], "--tokens must be positive"),
+    (["--question", " "], "--question is empty"), (["--prm", "/nowhere"], "/nowhere: no such folder"),
+    (["--policy", "/nowhere"], "pass the path of a local"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
+    (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
+def test_bad_input_is_one_clear_line(flags, words, capsys):
+    with pytest.raises(SystemExit):
+        search.main(["--strategy", "beam", "--task", "gsm8k" if "--data" in flags else "tiny-math", *flags])
+    assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_malformed_data_names_file_and_line(tmp_path, capsys):
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"question": "1+1?", "answer": "#### 2"}\n{"question": "2+2?"\n')
+    with pytest.raises(SystemExit):
+        search.main(["--strategy", "beam", "--task", "gsm8k", "--data", str(data)])
+    assert f"{data}:2" in capsys.readouterr().err
+
+
+def test_an_output_that_exists_is_not_overwritten(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    out.write_text("precious\n")
+    with pytest.raises(SystemExit):
+        search.main(["--strategy", "beam", "--out", str(out)])
+    assert "exists" in capsys.readouterr().err and out.read_text() == "precious\n"
+
+
+def test_the_shipped_policy_writes_the_recorded_text():
+    """A checkpoint that loads wrongly, or a forward that is subtly off, does not write this."""
+    from policy import load_policy
+    policy = load_policy(TINY / "A", temperature=0, max_step_tokens=40, max_steps=16)
+    question = ("Ann has 7 shells. In January she finds 5. In February she doubles them. In March she loses 3. "
+                "In April she gives away 3. How many now?")
+    [[end]] = policy.complete([policy.root("p", question)], 1)
+    assert end.steps() == ["January: 7+5=12", "February: 12*2=24", "March: 24-3=21", "April: 21-3=18",
+                           "Answer: 18"] and end.end == "eos"
