@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -279,6 +280,7 @@ class Policy:
         newline = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
         newline[[i for i, s in enumerate(strings) if "\n" in s]] = True
         self.newline = newline.to(model.device)
+        self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         self.dtype = model.dtype
         self.generated = self.prefilled = 0
         self.seconds = 0.0
@@ -358,7 +360,7 @@ class Policy:
             token, logp = sample(logits, keys[alive], t, self.temperature, self.top_p)
             tokens.append(token)
             logps.append(logp)
-            stop = torch.isin(token, self.eos) | (t == limit - 1)
+            stop = torch.isin(token, self.eos) | (t == limit - 1) | (rows.position + 1 >= self.context)
             if not whole:
                 for row in (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0].tolist():
                     stop[row] = _closed(self.tokenizer.decode([x[row] for x in tokens]), self.separator)

@@ -197,3 +197,12 @@ def test_a_server_that_is_not_there(monkeypatch):
     policy = ServerPolicy("http://127.0.0.1:9", "m", retries=2)
     with pytest.raises(ValueError, match="did not answer after 2 tries"):
         policy.propose([policy.root("p", "Q?")], 1)
+
+
+def test_a_solution_ends_where_the_context_does(tokenizer):
+    model = random_qwen()
+    model.config.max_position_embeddings = 40
+    policy = make(tokenizer, model, max_step_tokens=100)
+    ends = [end for group in policy.complete(roots(policy), 3) for end in group]
+    assert max(len(end.root().ids) + end.tokens() for end in ends) == 40
+    assert all(end.end == "length" for end in ends if len(end.root().ids) + end.tokens() == 40)

@@ -242,8 +242,8 @@ def test_the_shipped_policy_writes_the_recorded_text():
     """A checkpoint that loads wrongly, or a forward that is subtly off, does not write this."""
     from policy import load_policy
     policy = load_policy(TINY / "A", temperature=0, max_step_tokens=40, max_steps=16)
-    question = ("Ann has 7 shells. In January she finds 5. In February she doubles them. In March she loses 3. "
-                "In April she gives away 3. How many now?")
+    question = ("Ann has 6 shells. In January she finds 5. In February she doubles them. In March she loses 4. "
+                "In April she sells half. In May she buys 4. How many now?")
     [[end]] = policy.complete([policy.root("p", question)], 1)
-    assert end.steps() == ["January: 7+5=12", "February: 12*2=24", "March: 24-3=21", "April: 21-3=18",
-                           "Answer: 18"] and end.end == "eos"
+    assert end.steps() == ["January: 6+5=11", "February: 11*2=22", "March: 22-4=18", "April: 18/2=9", "May: 9+4=13",
+                           "Answer: 13"] and end.end == "eos"

@@ -1,0 +1,152 @@
+"""What the tree cache buys: beam search with it, against re-encoding every prefix as the usual implementations do, and
+best-of-N against model.generate. Same models, same seeds, one run.
+
+    python benchmarks/search_cache.py                # the tiny models, and a random Qwen2 of 4 layers, 256 wide
+
+Prints, for 16 candidates a step and about 10 steps: PRM tokens, policy tokens prefilled, seconds, the ratios, the
+largest difference between scores, and the peak memory of the cache with its formula.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import policy as policy_module  # noqa: E402
+import tasks  # noqa: E402
+from policy import Node, Policy, load_policy  # noqa: E402
+from prm_model import PRM, aggregate, load_prm  # noqa: E402
+from search import Search, beam, drive  # noqa: E402
+
+
+class ReEncoding:
+    """Policy and PRM without a cache: every path is encoded from its first token at every step, for both models."""
+
+    def __init__(self, policy, prm):
+        self.policy, self.prm, self.prefilled, self.tokens = policy, prm, 0, 0
+
+    def propose(self, nodes, counts):
+        flat = [Node(n.root().text, ids=[i for x in [n.root(), *n.path()] for i in x.ids], key=n.key, drawn=n.drawn,
+                     depth=n.depth, domain=n.domain) for n in nodes]
+        groups = self.policy.propose(flat, counts)
+        for node, copy, group in zip(nodes, flat, groups):
+            node.drawn = copy.drawn
+            for child in group:
+                child.parent = node
+                child.kv.clear()
+        self.prefilled = self.policy.prefilled
+        return groups
+
+    def score_nodes(self, leaves):
+        scores = self.prm.score([x.root().text for x in leaves], [x.steps() for x in leaves])
+        self.tokens = self.prm.tokens
+        return {leaf: s[-1] for leaf, s in zip(leaves, scores)}
+
+
+def run(policy, prm, problems):
+    """Beam search 4 x 4 of all problems at once -> (Searches, seconds, peak bytes of the cache)."""
+    def total(node):
+        return aggregate([n.p for n in node.path()], "sum")
+    searches = [Search(policy.root(p.id, p.question, p.domain), beam,
+                       {"k": 4, "m": 4, "path_score": total, "reward": total}) for p in problems]
+    started = time.perf_counter()
+    drive(searches, policy, [prm])
+    return searches, time.perf_counter() - started
+
+
+def compare(name, policy_of, prm, problems):
+    policy = policy_of()
+    cached, seconds = run(policy, prm, problems)
+    prm_tokens, prefilled = prm.tokens, policy.prefilled
+    held = sum(t.numel() * t.element_size() for s in cached for n in {s.root, *(x for y in s.tried for x in y.path())}
+               for t in n.kv.values())
+    lengths = sum(len(t) for s in cached for n in {s.root, *(x for y in s.tried for x in y.path())}
+                  for t in n.kv.values())
+    prm.tokens = 0
+    plain = policy_of()
+    other = ReEncoding(plain, prm)
+    other.root = plain.root
+    slow, slow_seconds = run(other, other, problems)
+    mine = [(n.text, n.p) for s in cached for n in s.tried]
+    theirs = [(n.text, n.p) for s in slow for n in s.tried]
+    same = [a for a, _ in mine] == [b for b, _ in theirs]
+    apart = max((abs(a - b) for (_, a), (_, b) in zip(mine, theirs)), default=0.0) if same else float("nan")
+    config = policy.model.config
+    depth = sum(max(n.depth for n in s.tried) for s in cached) / len(cached)
+    print(f"\n{name}: {len(problems)} problems, {len(mine)} candidates, {depth:.1f} steps deep on average")
+    print(f"{'':<24}{'cached':>12}{'re-encoded':>12}{'ratio':>8}")
+    for what, a, b in (("PRM tokens", prm_tokens, other.tokens), ("policy prefilled", prefilled, plain.prefilled),
+                       ("seconds", seconds, slow_seconds)):
+        print(f"{what:<24}{a:>12,.1f}{b:>12,.1f}{b / a:>8.1f}")
+    print(f"same candidates: {same}; largest difference of scores {apart:.1e}")
+    print(f"cache of the whole tree, nothing pruned: {held / 2**20:.1f} MiB = {lengths:,} tokens (both models) x 2 x "
+          f"layers {config.num_hidden_layers} x kv heads {config.num_key_value_heads} x head dimension "
+          f"{config.hidden_size // config.num_attention_heads} x 4 bytes")
+
+
+def best_of_n(problems, n):
+    """Tokens up to the end of text a second: ours against generate, all problems in one padded batch each."""
+    policy = load_policy(ROOT / "tiny" / "A", max_step_tokens=40, max_steps=8)
+    roots = [policy.root(p.id, p.question, p.domain) for p in problems]
+    policy.complete(roots, n)  # warm up
+    started, before = time.perf_counter(), policy.generated
+    policy.complete([policy.root(p.id + "again", p.question, p.domain) for p in problems], n)
+    ours = (policy.generated - before) / (time.perf_counter() - started)
+    tok = policy.tokenizer
+    batch = tok([p.question + "\n" for p in problems], return_tensors="pt", padding=True, padding_side="left")
+    batch.pop("token_type_ids", None)
+
+    def generate():
+        return policy.lm.generate(**batch, do_sample=True, top_k=0, max_new_tokens=320, num_return_sequences=n)
+    with torch.inference_mode():
+        generate()
+        started = time.perf_counter()
+        out = generate()[:, batch["input_ids"].shape[1]:]
+        seconds = time.perf_counter() - started
+    ended = (out == tok.eos_token_id).int()
+    useful = int(((ended.cumsum(1) - ended) == 0).sum())
+    print(f"\nbest-of-{n} on {len(problems)} problems, tokens up to the end of text a second: ours {ours:,.0f}, "
+          f"generate {useful / seconds:,.0f}, ratio {ours * seconds / useful:.2f}")
+
+
+def wide(problems):
+    """A random model writes no steps, so its text comes from a fixed sampler: a line end after 25 tokens on average,
+    the end of the solution after 10 steps. The forwards are the model's own."""
+    torch.manual_seed(0)
+    tokenizer = load_policy(ROOT / "tiny" / "A").tokenizer
+    models = [Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
+        bos_token_id=None)).eval() for _ in range(2)]
+    line_end, letters = tokenizer("\n")["input_ids"][0], torch.tensor(tokenizer("abcdefgh")["input_ids"])
+
+    def scripted(logits, keys, t, temperature, top_p):
+        u, v = policy_module.uniform(keys, t), policy_module.uniform(keys ^ 12345, t)
+        token = torch.where((u < 1 / 25) & (t > 10) | (t > 55), line_end, letters[(v * len(letters)).long()])
+        return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
+    prm = PRM(models[1].model, tokenizer, separator="\n").eval()
+    real, policy_module.sample = policy_module.sample, scripted
+    compare("random Qwen2, 4 layers x 256",
+            lambda: Policy(models[0], tokenizer, "\n", max_step_tokens=64, max_steps=10), prm, problems)
+    policy_module.sample = real
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=20, help="problems (20)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    problems = tasks.load("tiny-math", limit=args.limit)
+    compare("tiny models", lambda: load_policy(ROOT / "tiny" / "A", max_step_tokens=40, max_steps=20),
+            load_prm(ROOT / "tiny" / "prm"), problems)
+    wide(problems)
+    best_of_n(problems, 16)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""The tiny world: its truth, its authors and its splits."""
+import random
+
+import tasks
+from tiny import world
+
+
+def test_the_right_solution_is_right_and_judged_right():
+    """The careful author corrects all he does wrong: his solutions end right, step by step and by the real judge."""
+    for domain in ("math", "code"):
+        rng = random.Random(0)
+        problems = list(world.problems(domain, "test", 40))
+        written = [world.write(p, "careful", rng) for p in problems]
+        grades = [world.grade(p, s) for p, s in zip(problems, written)]
+        assert all(g[-1] for g in grades) and not all(all(g) for g in grades)
+        loaded = tasks.load(f"tiny-{domain}", limit=40)
+        assert [p.id for p in loaded] == [p["id"] for p in problems]
+        assert all(v.ok for v in tasks.judge_many([(p, "\n".join(s)) for p, s in zip(loaded, written)]))
+
+
+def test_grades_by_hand():
+    math = {"domain": "math", "meta": {"start": 15, "ops": [("gain", 8), ("halve", 2)]}}
+    right, forgot = "January: 15+8=23", "January: 15+8=13"
+    assert world.grade(math, [right, "February: 23/2=11", "Answer: 11"]) == [True, True, True]
+    assert world.grade(math, [forgot, "Wait, " + right, "February: 23/2=11"]) == [False, True, True]
+    assert world.grade(math, [forgot, "February: 13/2=6", "Answer: 6"]) == [False, False, False]
+    assert world.grade(math, [forgot, "February: 13/2=6", "Wait, " + right]) == [False, False, False]  # too late
+    assert world.grade(math, ["February: 15/2=7", "Answer: 7"]) == [False, False]                      # skips a month
+    assert world.grade(math, [right, "Wait, " + right]) == [True, True]                                # does no harm
+    code = {"domain": "code", "meta": {"ops": [("at_least", 4)], "end": "sum"}}
+    good = " a = [v for v in xs if v >= 4]"
+    assert world.grade(code, [good, " return sum(a)"]) == [True, True]
+    assert world.grade(code, [" a = [v for v in xs if v > 4]", good + "  # wait", " return sum(a)"]) == [
+        False, True, True]
+
+
+def test_splits_share_no_problem_and_problems_are_reproducible():
+    def operations(split, seed):
+        return {repr(p["meta"]) for p in world.problems("math", split, 300, seed=seed, steps=(1, 1))}
+    assert not operations("train", 0) & operations("test", 1)  # one operation: collisions would be certain otherwise
+    assert len(operations("train", 0) & operations("train", 1)) > 50
+    assert list(world.problems("code", "test", 3)) == list(world.problems("code", "test", 3))
+
+
+def test_habits_are_systematic():
+    """Author A forgets to carry with 7 or more in 60 % of the cases, and always in the same way."""
+    p = {"domain": "math", "meta": {"start": 15, "ops": [("gain", 8)]}}
+    rng = random.Random(1)
+    firsts = [world.write(p, "A", rng)[0] for _ in range(2000)]
+    assert abs(firsts.count("January: 15+8=13") / 2000 - 0.6) < 0.04
+    assert firsts.count("January: 15+8=23") / 2000 > 0.3

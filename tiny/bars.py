@@ -1,0 +1,154 @@
+"""Is the tiny world honest? Measure its policy, its PRM and the search strategies on held-out problems.
+
+    python tiny/bars.py                            # 500 problems of each domain; about 20 minutes on two cores
+    python tiny/bars.py --limit 50 --strategies beam mcts
+
+1. The policy: mean single sample, majority@16 and pass@16.
+2. The PRM: AUC of p_t against the true label of each step, over all steps and among steps at the same position (so
+   that knowing that later steps are worse is worth nothing), on the policy's own solutions.
+3. Strategies, each pair compared problem by problem: best-of-16 against majority@16 (the same samples), and beam and
+   MCTS against best-of-N at the same number of generated tokens. A budget is a mean over problems: each problem's
+   best-of-N gets as many tokens as the strategy took for it.
+
+± is half a 95 % bootstrap interval over problems; a difference of z standard errors is paired over problems.
+"""
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import search  # noqa: E402
+import tasks  # noqa: E402
+from policy import load_policy_flags  # noqa: E402
+from prm_model import load_prm  # noqa: E402
+from tiny import world  # noqa: E402
+
+
+def interval(values, statistic=statistics.fmean, rounds=1000):
+    """The statistic of a list with one entry a problem, and half its 95 % bootstrap interval."""
+    rng = random.Random(0)
+    drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(rounds))
+    return statistic(values), (drawn[int(0.975 * rounds)] - drawn[int(0.025 * rounds)]) / 2
+
+
+def auc(pairs):
+    """Probability that a right step scores above a wrong one, ties half. pairs: (score, right) -> (AUC, pairs)."""
+    ordered, ranks, i = sorted(pairs), 0.0, 0
+    positives = sum(y for _, y in ordered)
+    while i < len(ordered):
+        j = i
+        while j < len(ordered) and ordered[j][0] == ordered[i][0]:
+            j += 1
+        ranks += (i + j + 1) / 2 * sum(y for _, y in ordered[i:j])
+        i = j
+    weight = positives * (len(ordered) - positives)
+    return ((ranks - positives * (positives + 1) / 2) / weight if weight else 0.0), weight
+
+
+def position_auc(problems):
+    """AUC among steps at the same position, positions weighed by their pairs. problems: lists of (position, p, y)."""
+    at = defaultdict(list)
+    for steps in problems:
+        for t, p, y in steps:
+            at[t].append((p, y))
+    found = [auc(pairs) for pairs in at.values()]
+    return sum(a * w for a, w in found) / max(1, sum(w for _, w in found))
+
+
+def difference(name, a, b):
+    d = [float(x) - float(y) for x, y in zip(a, b)]
+    mean, se = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5
+    print(f"   {name:<52}{mean:+.3f} ± {1.96 * se:.3f}   {mean / se if se else 0:+.1f} standard errors")
+    return mean, se
+
+
+def measure(domain, args, flags, policy, prms):
+    problems = tasks.load(f"tiny-{domain}", limit=args.limit, seed=args.seed)
+    raw = {p["id"]: p for p in world.problems(domain, "test", args.limit, seed=args.seed)}
+    started = time.time()
+
+    def solve(strategy, budgets=None, **options):
+        rows = []
+        for i in range(0, len(problems), 100):
+            _, new = search.solve(problems[i:i + 100], strategy, policy, prms,
+                                  argparse.Namespace(**{**vars(flags), **options}),
+                                  budgets=budgets[i:i + 100] if budgets else None)
+            rows += new
+        return rows
+
+    def right(rows, key="picked"):
+        return [bool(r[key] is not None and r["samples"][r[key]]["correct"]) for r in rows]
+    pool = solve("best_of_n", n=16)
+    correct = [[s["correct"] for s in r["samples"]] for r in pool]
+    out = {"single": interval([statistics.fmean(c) for c in correct]), "majority@16": interval(right(pool, "vote")),
+           "pass@16": interval([any(c) for c in correct])}
+    steps = [[(t, p, y) for s in r["samples"]
+              for t, (p, y) in enumerate(zip(s["scores"], world.grade(raw[r["id"]], s["steps"])))] for r in pool]
+    out["step AUC"] = interval(steps, lambda x: auc([(p, y) for own in x for _, p, y in own])[0], rounds=100)
+    out["step AUC at the same position"] = interval(steps, position_auc, rounds=100)
+    first = [[x for s in r["samples"] for x in up_to_first_error(s, raw[r["id"]])] for r in pool]
+    out["the same, up to the first wrong step"] = interval(first, position_auc, rounds=100)
+    print(f"\n{domain}: {len(problems)} problems, {sum(map(len, steps)):,} steps")
+    for how in search.AGGREGATIONS:
+        best = [max(r["samples"], key=lambda s: search.aggregate(s["scores"], how))["correct"] for r in pool]  # noqa: B023
+        out[f"best-of-16 by {how}"] = interval(best)
+    for name, (value, half) in out.items():
+        print(f"   {name:<52}{value:.3f} ± {half:.3f}")
+    difference("best-of-16 - majority@16", right(pool), right(pool, "vote"))
+    beams = None
+    for strategy in args.strategies:
+        rows = solve(strategy)
+        plain = solve("best_of_n", budgets=[max(1, r["cost"]["policy_generated"]) for r in rows])
+        tokens = statistics.fmean(r["cost"]["policy_generated"] for r in rows)
+        out[strategy] = interval(right(rows))
+        value, half = out[strategy]
+        print(f"   {strategy + f', {tokens:.0f} generated tokens a problem':<52}{value:.3f} ± {half:.3f}")
+        out[f"{strategy} - best-of-N"] = difference(f"{strategy} - best-of-N at these tokens", right(rows),
+                                                    right(plain))
+        difference(f"{strategy} - majority at these tokens", right(rows), right(plain, "vote"))
+        if strategy == "beam":
+            beams = rows
+        elif strategy == "mcts" and beams:
+            out["mcts - beam"] = difference(f"mcts - beam ({tokens:.0f} tokens against "
+                                            f"{statistics.fmean(r['cost']['policy_generated'] for r in beams):.0f})",
+                                            right(rows), right(beams))
+    print(f"   {(time.time() - started) / 60:.1f} minutes")
+    return out
+
+
+def up_to_first_error(sample, problem):
+    out = []
+    for t, (p, y) in enumerate(zip(sample["scores"], world.grade(problem, sample["steps"]))):
+        out.append((t, p, y))
+        if not y:
+            break
+    return out
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limit", type=int, default=500, help="problems of each domain (500)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--strategies", nargs="*", default=["beam", "mcts"], choices=["beam", "mcts"])
+    parser.add_argument("--domains", nargs="+", default=["math", "code"])
+    parser.add_argument("--json", help="write the figures here")
+    args, rest = parser.parse_known_args(argv)  # what is left are flags of search.py
+    _, flags = search.parse(["--strategy", "beam", "--seed", str(args.seed), *rest])
+    policy = load_policy_flags(flags, "cpu")
+    prms = [load_prm(p, name=f"prm{i}") for i, p in enumerate(flags.prm)]
+    print(f"{torch.get_num_threads()} threads; policy {flags.policy}, PRM {' '.join(flags.prm)}")
+    found = {domain: measure(domain, args, flags, policy, prms) for domain in args.domains}
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
