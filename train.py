@@ -29,6 +29,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import namedtuple
 from contextlib import nullcontext
 from pathlib import Path
@@ -37,12 +38,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_model_state_dict, set_state_dict)
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from prm_model import load_prm
 from rows import distributed, read_rows
@@ -141,12 +148,13 @@ def read_set(name, form="auto", neutral="good"):
         except (OSError, ValueError) as error:
             raise ValueError(f"{name}: no such file, and the hub gave: {str(error).splitlines()[0]}") from error
     for where, raw in found:
+        schema = guess_format(raw) if form == "auto" else form
         try:
-            for row in FORMATS[guess_format(raw) if form == "auto" else form](raw, neutral):
+            for row in FORMATS[schema](raw, neutral):
                 check(row)
                 yield where, row
         except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{where}: not a {form} row ({error!r})") from error
+            raise ValueError(f"{where}: not a {schema} row ({error!r})") from error
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -190,7 +198,8 @@ def encode_rows(prm, found, max_length, mask_after_first_error=False, progress=T
     rows, prompts = [], {}
     for start in tqdm(range(0, len(found), 1000), "encode", disable=not progress, leave=False):
         part = found[start:start + 1000]
-        steps = iter(prm.tokenizer([s for _, r in part for s in r["completions"]], add_special_tokens=False)["input_ids"])
+        texts = [s for _, r in part for s in r["completions"]]
+        steps = iter(prm.tokenizer(texts, add_special_tokens=False)["input_ids"])
         for where, row in part:
             if row["prompt"] not in prompts:
                 prompts[row["prompt"]] = prm.encode_prompt(row["prompt"])
@@ -274,28 +283,30 @@ def metrics(logits_M, labels_M, steps_M):
     are worse gets 0.5 there. f1_wrong: F1 of the wrong class at p < 0.5. ece: 15 equal bins.
     """
     p, y, right = logits_M.double().sigmoid(), labels_M.double(), labels_M >= 0.5
-    (u, pairs), within = auc_pairs(p, right), [auc_pairs(p[steps_M == t], right[steps_M == t]) for t in steps_M.unique()]
     wrong, said = ~right, p < 0.5
-    hits, within_u, within_pairs = int((wrong & said).sum()), sum(u for u, _ in within), sum(n for _, n in within)
-    bins = (p * 15).long().clamp(max=14)
-    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, bins, p - y)
-    return {"loss": float(prm_loss(logits_M.double(), y)[0]) / len(p), "accuracy": float((said == wrong).double().mean()),
-            "auc": u / pairs if pairs else None, "auc_within": within_u / within_pairs if within_pairs else None,
-            "f1_wrong": 2 * hits / max(1, int(wrong.sum() + said.sum())), "brier": float(((p - y) ** 2).mean()),
-            "ece": float(gaps.abs().sum()) / len(p), "steps": len(p), "right": float(right.double().mean())}
+    u, pairs = auc_pairs(p, right)
+    places = [auc_pairs(p[steps_M == t], right[steps_M == t]) for t in steps_M.unique()]
+    u_within, pairs_within = (sum(x) for x in zip(*places))
+    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, (p * 15).long().clamp(max=14), p - y)
+    return {"loss": float(prm_loss(logits_M.double(), y)[0]) / len(p),
+            "accuracy": float((said == wrong).double().mean()),
+            "auc": u / pairs if pairs else None, "auc_within": u_within / pairs_within if pairs_within else None,
+            "f1_wrong": 2 * int((wrong & said).sum()) / max(1, int(wrong.sum() + said.sum())),
+            "brier": float(((p - y) ** 2).mean()), "ece": float(gaps.abs().sum()) / len(p),
+            "steps": len(p), "right": float(right.double().mean())}
 
 
 @torch.no_grad()
 def evaluate(model, data, batches, rank, world, device, autocast):
-    """metrics() of `data` on all ranks. The (logit, label, step) triples themselves are gathered: exact, no histograms."""
+    """metrics() of `data`, shared out over the ranks. The (logit, label, step) triples are gathered: no histograms."""
     model.eval()
     found = []
     for batch in batches:
         rows = batch[rank] if rank < len(batch) else []  # an empty one keeps --fsdp's ranks in step
         with autocast():
-            logits_M = model(*get_batch(data, rows, device)[:3])
-        found += [(logits_M.cpu(), torch.cat([data[i].labels for i in rows]), torch.cat([data[i].steps for i in rows]))
-                  ] if rows else []
+            logits_M = model(*get_batch(data, rows, device)[:3]).cpu()
+        if rows:
+            found.append((logits_M, *(torch.cat(x) for x in zip(*((data[i].labels, data[i].steps) for i in rows)))))
     parts = [found]
     if world > 1:
         dist.all_gather_object(parts := [None] * world, found)
@@ -304,7 +315,7 @@ def evaluate(model, data, batches, rank, world, device, autocast):
 
 
 def plot(out):
-    """OUT/log.jsonl -> OUT/curves.png: training and validation loss, and the AUCs, whose leap is Figure 2's emergence."""
+    """OUT/log.jsonl -> OUT/curves.png: the losses, and the validation figures whose leap is Figure 2's emergence."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -363,7 +374,9 @@ def save_checkpoint(out, model, optimizer, progress, rank, world):
     if final.exists():
         return
     weights, moments = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=world == 1)
+    with warnings.catch_warnings():  # that one process saves alone
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=world == 1)
     if rank == 0:
         (partial / "progress.json").write_text(json.dumps(progress))
         os.replace(partial, final)
@@ -375,7 +388,9 @@ def save_checkpoint(out, model, optimizer, progress, rank, world):
 def load_checkpoint(folder, model, optimizer, world):
     weights, moments = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder, no_dist=world == 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        dcp.load(state, checkpoint_id=folder, no_dist=world == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
@@ -430,9 +445,9 @@ def parse(argv):
     a("--plot", action="store_true", help="draw OUT/curves.png in the end")
     a("--json", action="store_true", help="print nothing to stdout but the result, as JSON")
     args = parser.parse_args(argv)
-    for name in ("batch_size", "batch_tokens", "accumulate", "epochs", "eval_every", "samples", "max_length", "log_every"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    for name in "batch-size batch-tokens accumulate epochs eval-every samples max-length log-every".split():
+        if getattr(args, name.replace("-", "_")) < 1:
+            parser.error(f"--{name} must be at least 1")
     return parser, args
 
 
@@ -453,8 +468,12 @@ def train(args, stop):
     rank, world, device = distributed(args.device)
     device, out = torch.device(device), Path(args.out)
     group, master = args.accumulate * world, rank == 0
+    if args.fsdp and world == 1:
+        raise ValueError("--fsdp needs torchrun and more than one process")
     bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module")  # warns of in-place changes, of which there are none
+    disable_progress_bar()  # of transformers, at each loading and saving
 
     def autocast():
         return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
@@ -504,7 +523,7 @@ def train(args, stop):
     if args.compile:
         prm.backbone.compile(dynamic=True)
     if args.checkpointing:
-        prm.backbone.gradient_checkpointing_enable({"use_reentrant": False})
+        prm.backbone.activation_checkpointing_enable()
     # N counts what multiplies activations: the embedding is looked up, and the LM head is gone
     N = sum(p.numel() for p in prm.parameters()) - prm.backbone.get_input_embeddings().weight.numel()
     trained = sum(p.numel() for p in prm.parameters() if p.requires_grad)
@@ -519,7 +538,7 @@ def train(args, stop):
     data = encode_rows(prm, train_found, longest, args.mask_after_first_error, master)
     val = encode_rows(prm, val_found, longest, args.mask_after_first_error, master)
     if not data or not val:
-        raise ValueError(f"no row has a label within {longest} tokens (--max-length, --batch-tokens, the model's limit)")
+        raise ValueError(f"no row has a label within {longest} tokens (--max-length, --batch-tokens, the model)")
     lengths = [len(r.ids) for r in data]
     plans = [step for epoch in range(args.epochs)
              for step in plan(lengths, group, args.batch_size, args.batch_tokens, args.seed, epoch)]
@@ -558,8 +577,8 @@ def train(args, stop):
 
     # -------- what came out of all this, before the first step
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"group": group, "rows": len(data)}
-    progress = {"step": 0, "best": None, "best_step": 0, "bad": 0, "tokens": 0, "flops": 0.0, "seconds": 0.0,
-                "settings": settings}
+    progress = {"step": 0, "best": None, "best_step": 0, "bad": 0, "tokens": 0, "seconds": 0.0, "flops": 0.0,
+                "flops_with_attention": 0.0, "settings": settings}
     checkpoints = sorted(out.glob("checkpoint-*")) if args.resume else []
     if checkpoints:
         progress = json.loads((checkpoints[-1] / "progress.json").read_text())
@@ -601,8 +620,9 @@ def train(args, stop):
         say("eval 0 " + show(figures))
     for step in range(progress["step"], len(plans)):
         started, micros = time.perf_counter(), plans[step]
-        M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks and micro-batches: all have the plan
-        mine = [(j, micros[j] if j < len(micros) else []) for j in range(rank, -(-len(micros) // world) * world, world)]
+        M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks and micro-batches: all know the plan
+        micros = micros + [[]] * (-len(micros) % world)
+        mine = list(enumerate(micros))[rank::world]
         loss_sum, seen = torch.zeros((), device=device), []
         for k, (j, rows) in enumerate(mine):
             ids_BT, rows_M, positions_M, labels_M = get_batch(data, rows, device)
@@ -638,19 +658,21 @@ def train(args, stop):
 
         seconds = time.perf_counter() - started
         row_lengths = [lengths[i] for rows in micros for i in rows]
-        padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micros)
+        padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micros if rows)
         flops, flops_attention = step_flops(N, config, row_lengths, args.freeze_backbone)
         progress["step"], progress["seconds"] = step + 1, progress["seconds"] + seconds
         progress["tokens"] += sum(row_lengths)
         progress["flops"] += flops
-        figures = dict(loss=loss, lr=lr * schedule(step), norm=norm, labels=M, tokens=progress["tokens"],
+        progress["flops_with_attention"] += flops + flops_attention
+        figures = dict(loss=loss, norm=norm, lr=lr * schedule(step), labels=M, tokens=progress["tokens"],
                        tokens_per_second=sum(row_lengths) / seconds, padding=1 - sum(row_lengths) / padded,
-                       seconds=progress["seconds"], flops=progress["flops"], flops_with_attention=flops + flops_attention,
-                       mfu=(flops + flops_attention) / seconds / world / peak if peak else None)
+                       seconds=progress["seconds"], flops=progress["flops"],
+                       flops_with_attention=progress["flops_with_attention"], mfu=(flops + flops_attention) / seconds / world / peak if peak else None)
         log("train", step + 1, **figures)
         if (step + 1) % args.log_every == 0:
             say(f"step {step + 1}/{len(plans)} loss {loss:.4f} norm {norm:.2f} lr {figures['lr']:.1e} "
-                f"{figures['tokens_per_second']:.0f} tokens/s padding {figures['padding']:.1%} {progress['seconds']:.0f}s")
+                f"{figures['tokens_per_second']:.0f} tokens/s padding {figures['padding']:.1%} "
+                f"{progress['seconds']:.0f}s")
 
         # -------- validation: keep the best, stop when it is long ago
         done, stopped = step + 1 == len(plans), False
@@ -659,7 +681,7 @@ def train(args, stop):
             log("eval", step + 1, **figures)
             value = figures["loss"] if args.stop_on == "loss" else -(figures["auc"] or 0)
             better = progress["best"] is None or value < progress["best"]
-            verdict = torch.tensor([better, bool(args.patience) and not better and progress["bad"] + 1 >= args.patience])
+            verdict = torch.tensor([better, not better and 0 < args.patience <= progress["bad"] + 1])
             if world > 1:
                 dist.broadcast(verdict, 0)  # rank 0 decides for all: a rounding error must not part the ranks
             better, stopped = verdict.tolist()
@@ -680,8 +702,8 @@ def train(args, stop):
     # -------- the end: the best PRM stays, what resuming needed goes
     memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    result = dict(best_step=progress["best_step"], best=progress["best"], stopped_early=stopped, flops=progress["flops"],
-                  tokens=progress["tokens"], seconds=progress["seconds"], peak_memory=memory)
+    result = {k: progress[k] for k in ("best_step", "best", "tokens", "flops", "seconds")}
+    result.update(stopped_early=stopped, peak_memory=memory)
     log("end", progress["step"], **result)
     if master:
         for old in out.glob("checkpoint*"):
@@ -702,9 +724,9 @@ def show(figures):
 def step_flops(N, config, lengths, frozen):
     """(6 N D, what attention adds): a forward takes 2 N a token, the backward twice that; QK' and PV of a causal row of
     n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward."""
-    k = 1 if frozen else 3
-    h = config.num_attention_heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
-    return 2 * k * N * sum(lengths), k * config.num_hidden_layers * 2 * h * sum(n * n for n in lengths)
+    k, heads = 1 if frozen else 3, config.num_attention_heads
+    h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,462 @@
+"""train.py on a model of two thin layers: what is exact is compared exactly, on one rank and on two gloo ranks."""
+import json
+import math
+import os
+import random
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
+
+import train
+from prm_model import load_prm
+from tiny import world
+from tiny.make import make_tokenizer
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with rows.jsonl (uneven step counts) and `model`, a random backbone whose steps end in a line end."""
+    home, rng = tmp_path_factory.mktemp("train"), random.Random(0)
+    with open(home / "rows.jsonl", "w") as file:
+        for domain, steps in (("math", (2, 9)), ("code", (1, 7))):
+            for p in world.problems(domain, "train", 24, steps=steps):
+                done = world.write(p, "A", rng)
+                file.write(json.dumps(dict(prompt=p["question"], completions=done, labels=world.grade(p, done))) + "\n")
+    make_tokenizer(home / "model")
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    torch.manual_seed(0)
+    Qwen2Model(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, max_position_embeddings=512, step_separator="\n", pad_token_id=0, eos_token_id=1,
+        bos_token_id=None)).save_pretrained(home / "model")
+    return home
+
+
+def flags(home, out, *more):
+    return ["--data", f"{home}/rows.jsonl", "--model", f"{home}/model", "--out", str(out), "--val-fraction", "0.2",
+            "--batch-size", "4", "--eval-every", "3", "--max-steps", "8", "--epochs", "4", "--device", "cpu",
+            "--log-every", "1000", *map(str, more)]
+
+
+def read_log(out, kind="train"):
+    return [r for r in map(json.loads, open(Path(out) / "log.jsonl")) if r["kind"] == kind]
+
+
+def losses(out):
+    """Step -> (training loss, gradient norm), and the validation losses."""
+    return [(r["step"], r["loss"], r["norm"]) for r in read_log(out)], [r["loss"] for r in read_log(out, "eval")]
+
+
+def close(a, b, tolerance=1e-5):
+    (steps_a, evals_a), (steps_b, evals_b) = losses(a), losses(b)
+    return len(steps_a) == len(steps_b) and all(
+        x[0] == y[0] and abs(x[1] - y[1]) < tolerance and abs(x[2] - y[2]) < 100 * tolerance * (1 + x[2])
+        for x, y in zip(steps_a, steps_b)) and evals_a == pytest.approx(evals_b, abs=tolerance)
+
+
+# ---------------------------------------------------------------- loss and figures, by hand
+
+def test_loss_by_hand():
+    # p = 1/2, 3/4, 1/4 with y = 1, 1, 1/2:  ln 2 + ln 4/3 + (ln 4 + ln 4/3) / 2
+    loss, M = train.prm_loss(torch.tensor([0.0, math.log(3), -math.log(3)]), torch.tensor([1.0, 1.0, 0.5]))
+    assert M == 3
+    assert loss.item() == pytest.approx(math.log(2) + math.log(4 / 3) + (math.log(4) + math.log(4 / 3)) / 2)
+
+
+def test_soft_label_is_where_the_loss_is_least():
+    z = torch.logit(torch.tensor([0.9])).requires_grad_()
+    train.prm_loss(z, torch.tensor([0.9]))[0].backward()
+    assert z.grad.item() == pytest.approx(0, abs=1e-7)  # with int(label), as in TRL, it would be 0.9
+
+
+def test_figures_by_hand():
+    p = torch.tensor([0.9, 0.8, 0.8, 0.3, 0.6, 0.2], dtype=torch.float64)
+    y = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.5, 0.0])
+    f = train.metrics(torch.logit(p), y, torch.tensor([0, 0, 0, 0, 1, 1]))
+    # right .9 .8 .6 against wrong .8 .3 .2: 3 + (tie 1/2 + 2) + 2 of 9; place 0: .9 .8 against .8 .3, place 1: .6 .2
+    assert f["auc"] == pytest.approx(7.5 / 9)
+    assert f["auc_within"] == pytest.approx((2 + 1.5 + 1) / 5)
+    assert f["accuracy"] == pytest.approx(5 / 6)
+    assert f["f1_wrong"] == pytest.approx(2 * 2 / (3 + 2))
+    assert f["brier"] == pytest.approx((0.01 + 0.64 + 0.04 + 0.09 + 0.01 + 0.04) / 6)
+    assert f["ece"] == pytest.approx((0.1 + abs(1.6 - 1) + 0.3 + 0.1 + 0.2) / 6)  # the two 0.8 share a bin
+
+
+def test_a_later_is_worse_model_gets_half_within_places():
+    t = torch.arange(6).repeat(50)
+    y = (torch.rand(300, generator=torch.Generator().manual_seed(0)) < 1 - t / 6).float()
+    f = train.metrics(-t.double(), y, t)
+    assert f["auc"] > 0.7
+    assert f["auc_within"] == 0.5
+
+
+def test_one_class_has_no_auc():
+    assert train.metrics(torch.zeros(3), torch.ones(3), torch.zeros(3, dtype=torch.long))["auc"] is None
+
+
+# ---------------------------------------------------------------- rows in, tensors out
+
+def test_encoding_is_that_of_the_prm(home):
+    prm = load_prm(home / "model", fresh=True)
+    found = list(train.read_set(f"{home}/rows.jsonl"))
+    rows = train.encode_rows(prm, found, 512, progress=False)
+    assert len(rows) == len(found) == 48
+    for row, (_, source) in zip(rows, found):
+        ids, positions = prm.encode(source["prompt"], source["completions"])
+        assert (row.ids.tolist(), row.positions.tolist()) == (ids, positions)
+        assert row.labels.tolist() == [float(y) for y in source["labels"]]
+        assert row.steps.tolist() == list(range(len(positions)))
+
+
+def test_masks_truncation_and_soft_labels(home):
+    prm = load_prm(home / "model", fresh=True)
+    steps = ["January: 7+5=12", "February: 12*2=23", "March: 23+1=24", "Answer: 24"]
+
+    def encode(labels, length=512, **k):
+        row = ("f:1", dict(prompt="Ann has 7 shells.", completions=steps, labels=labels))
+        return train.encode_rows(prm, [row], length, progress=False, **k)
+    full = encode([0.9, 0.25, None, 1])[0]
+    assert full.labels.tolist() == pytest.approx([0.9, 0.25, 1.0])
+    assert full.steps.tolist() == [0, 1, 3]
+    first = encode([1, 0, 0, 1], mask_after_first_error=True)[0]
+    assert first.labels.tolist() == [1, 0]  # the first error itself is learnt
+    assert len(first.ids) == first.positions[-1] + 1  # and what follows is not even encoded
+    cut = encode([1, 0, 0, 1], length=int(full.positions[1]) + 1)[0]
+    assert cut.labels.tolist() == [1, 0]
+    assert encode([1, 0, 0, 1], length=int(full.positions[0])) == []  # no label is left: dropped
+    assert encode([None] * 4) == []
+
+
+def test_plan_deals_each_row_once_whatever_the_ranks():
+    rng = random.Random(0)
+    lengths = [rng.randint(5, 400) for _ in range(1000)]
+    for group in (1, 3, 8):
+        steps = train.plan(lengths, group, 16, 3000, seed=1, epoch=2)
+        micros = [m for step in steps for m in step]
+        assert sorted(i for m in micros for i in m) == list(range(1000))
+        assert all(len(m) <= 16 and len(m) * max(lengths[i] for i in m) <= 3000 for m in micros)
+        assert all(len(s) == group for s in steps[:-1])
+        assert micros == [m for step in train.plan(lengths, 1, 16, 3000, seed=1, epoch=2) for m in step]
+    padded = sum(len(m) * max(lengths[i] for i in m) for m in micros)
+    assert sum(lengths) / padded > 0.9
+    assert micros != [m for step in train.plan(lengths, 1, 16, 3000, seed=1, epoch=3) for m in step]
+
+
+def test_split_by_problem_and_shares(home, tmp_path):
+    found = train.load_data([f"{home}/rows.jsonl"], "auto", "good", 10**6, 0, 0)
+    assert len(found) == 48
+    assert train.held_out("What  is\n1+1?", 0.5) == train.held_out("What is 1+1?", 0.5)  # spaces are no new problem
+    assert 60 < sum(train.held_out(f"problem {i}", 0.1) for i in range(1000)) < 140
+    (tmp_path / "small.jsonl").write_text("".join(
+        json.dumps(dict(prompt=f"q{i}", completions=["a"], labels=[1])) + "\n" for i in range(10)))
+    mixed = train.load_data([f"{home}/rows.jsonl:0.75", f"{tmp_path}/small.jsonl:.25"], "auto", "good", 10**6, 0, 0)
+    assert (len(mixed), sum(r["prompt"].startswith("q") for _, r in mixed)) == (40, 10)
+    sampled = train.load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0, 0)
+    assert len({where for where, _ in sampled}) == 20
+    assert sampled == train.load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0, 0)
+
+
+# ---------------------------------------------------------------- the two original schemas
+
+def prm800k(steps, finish="solution"):
+    return {"question": {"problem": "Q?"}, "label": {"finish_reason": finish, "steps": [
+        {"completions": c if c is None else [{"text": t, "rating": r, "flagged": False} for t, r in c],
+         "chosen_completion": chosen, "human_completion": human and {"text": human, "rating": None}}
+        for c, chosen, human in steps]}}
+
+
+@pytest.mark.parametrize("neutral, y", [("good", 1.0), ("bad", 0.0), ("drop", None)])
+def test_prm800k(neutral, y):
+    record = prm800k([([("a", 1)], 0, None),
+                      ([("b", -1), ("c", None)], None, "human b"),    # a human wrote on: never rated
+                      ([("d", 0), ("e", -1), ("f", 1)], 0, None),     # alternatives e, f; the path follows d
+                      (None, None, None)], "give_up")                 # completions null
+    rows = {tuple(r["completions"]): r["labels"] for r in train.from_prm800k(record, neutral)}
+    assert rows == {("a", "human b", "d"): [1.0, None, y], ("a", "b"): [None, 0.0],
+                    ("a", "human b", "e"): [None, None, 0.0], ("a", "human b", "f"): [None, None, 1.0]}
+
+
+def test_prm800k_unchosen_end_and_bad_problem():
+    end = prm800k([([("a", 1)], 0, None), ([("b", -1), ("c", 1)], None, None)], "found_error")
+    assert [(r["completions"], r["labels"]) for r in train.from_prm800k(end)] == [
+        (["a"], [1.0]), (["a", "b"], [None, 0.0]), (["a", "c"], [None, 1.0])]
+    assert train.from_prm800k(prm800k([([("a", 1)], 0, None)], "bad_problem")) == []
+    assert train.from_prm800k(prm800k([])) == []
+
+
+def shepherd(text, signs):
+    """Both texts of a record: the k-th # is the tag in one and the k-th sign in the other."""
+    parts, signs = text.split("#"), list(signs)
+    return {"input": "ки".join(parts), "label": "".join(p + s for p, s in zip(parts, [*signs, ""])), "task": "GSM8K"}
+
+
+@pytest.mark.parametrize("text, signs, prompt, steps, labels", [
+    ("What is 3 + 4? Step 1: 3 + 4 = 7 #\nStep 2: 7 - 0 = 7 The answer is: 7 #", "+-", "What is 3 + 4?",
+     ["Step 1: 3 + 4 = 7", "Step 2: 7 - 0 = 7 The answer is: 7"], [1, 0]),           # signs in the sums too
+    ("Add # 3 and 4. step 1: 3 + 4 = 7 #", "-+", "Add  3 and 4.", ["step 1: 3 + 4 = 7"], [1]),  # tag in the question
+    ("How many? Seven #\nSurely #", "+-", "How many?", ["Seven", "Surely"], [1, 0]),              # no numbers
+])
+def test_math_shepherd(text, signs, prompt, steps, labels):
+    assert train.from_math_shepherd(shepherd(text, signs)) == [
+        {"prompt": prompt, "completions": steps, "labels": labels}]
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="no real rows beside the repository")
+def test_real_rows():
+    shepherds = [r for _, r in train.read_set(str(REAL / "math_shepherd" / "rows.jsonl"))]
+    assert len(shepherds) == 7
+    assert shepherds[0]["labels"] == [1, 1, 1, 1, 0]
+    assert shepherds[0]["completions"][0].startswith("Step 1: Janet")
+    assert "ки" not in json.dumps(shepherds, ensure_ascii=False)
+    rated = [json.loads(line) for line in open(REAL / "prm800k" / "prm800k_rows.jsonl")]
+    labels = [y for _, r in train.read_set(str(REAL / "prm800k" / "prm800k_rows.jsonl")) for y in r["labels"]]
+    ratings = [c["rating"] for r in rated for s in r["label"]["steps"] for c in s["completions"] or []]
+    assert sum(y is not None for y in labels) == sum(x is not None for x in ratings)  # each rating is used once
+    assert labels.count(0.0) == ratings.count(-1)
+
+
+# ---------------------------------------------------------------- bad input: one line, before any training
+
+GOOD = dict(prompt="q", completions=["a", "b"], labels=[1, 0])
+
+
+@pytest.mark.parametrize("line, message", [
+    ('{"prompt": ', "bad.jsonl:2: not JSON"), ("[1]", "bad.jsonl:2: a JSON object"),
+    (json.dumps({**GOOD, "labels": [1]}), "bad.jsonl:2: labels: 2 are expected"),
+    (json.dumps({**GOOD, "labels": [1, 1.5]}), "bad.jsonl:2: labels: 1.5 is not in [0, 1]"),
+    (json.dumps({**GOOD, "labels": [1, float("nan")]}), "bad.jsonl:2: labels: nan is not in [0, 1]"),
+    (json.dumps({**GOOD, "labels": [1, "+"]}), "bad.jsonl:2: labels: '+' is not in [0, 1]"),
+    (json.dumps({**GOOD, "prompt": None}), "bad.jsonl:2: prompt"),
+    (json.dumps({**GOOD, "completions": "ab"}), "bad.jsonl:2: completions"),
+    ('{"label": {"steps": 3}}', "bad.jsonl:2: not a prm800k row"),
+    ('{"input": "What? Step 1: x ки", "label": "What? Step 1: x *"}', "bad.jsonl:2: label: '*' where"),
+])
+def test_malformed_row(home, tmp_path, capsys, line, message):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    fails(capsys, message, [*flags(home, tmp_path / "out"), "--data", str(tmp_path / "bad.jsonl")])
+    assert not (tmp_path / "out").exists()
+
+
+def fails(capsys, message, argv):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert stopped.value.code == 2
+    assert "error: " in last
+    assert message in last
+
+
+@pytest.mark.parametrize("more, message", [
+    (["--data", "nothing.jsonl"], "nothing.jsonl: no such file"),
+    (["--val-fraction", "0"], "validation would be empty"), (["--val-fraction", "1"], "training would be empty"),
+    (["--max-length", "5"], "no row has a label within 5 tokens"),
+    (["--batch-size", "0"], "--batch-size must be at least 1"), (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--fsdp"], "--fsdp needs torchrun"), (["--separator", "§§"], "separator"),
+])
+def test_bad_flags(home, tmp_path, capsys, more, message):
+    fails(capsys, message, [*flags(home, tmp_path / "out"), *more])
+
+
+def test_out_is_taken_or_full(home, tmp_path, capsys, monkeypatch):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    fails(capsys, "is taken", flags(home, tmp_path))
+    fails(capsys, "not touched", flags(home, tmp_path, "--overwrite"))
+    fails(capsys, "cannot be written", flags(home, tmp_path / "thesis.tex" / "out"))
+    (tmp_path / "empty.jsonl").write_text("\n")
+    fails(capsys, "no rows", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/empty.jsonl"])
+    usage = type("Usage", (), {"free": 1000})
+    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    fails(capsys, "GB are free", flags(home, tmp_path / "out"))
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    assert stopped.value.code == 0
+    assert "--mask-after-first-error" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- runs on one rank
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """An uninterrupted run with dropout."""
+    result = train.main(flags(home, home / "whole", "--plot", "--json"))
+    return home / "whole", result
+
+
+def test_a_run_leaves_its_best_prm(home, whole):
+    out, result = whole
+    assert sorted(f.name for f in out.iterdir()) == [
+        "config.json", "curves.png", "log.jsonl", "model.safetensors", "prm_head.safetensors", "tokenizer.json",
+        "tokenizer_config.json"]
+    evals = {r["step"]: r["loss"] for r in read_log(out, "eval")}
+    assert list(evals) == [0, 3, 6, 8]
+    best = min((3, 6, 8), key=evals.get)
+    assert (result["best_step"], result["best"]) == (best, evals[best])
+    prm = load_prm(out)  # reloaded, it has the loss that was logged
+    held = [(w, r) for w, r in train.read_set(f"{home}/rows.jsonl") if train.held_out(r["prompt"], 0.2)]
+    p = [x for s in prm.score([r["prompt"] for _, r in held], [r["completions"] for _, r in held]) for x in s]
+    y = [y for _, r in held for y in r["labels"]]
+    assert sum(-math.log(a if b else 1 - a) for a, b in zip(p, y)) / len(y) == pytest.approx(evals[best], abs=1e-4)
+    start, end = read_log(out, "start")[0], read_log(out, "end")[0]
+    assert start["rows"] + start["val_rows"] == 48
+    assert end["tokens"] == read_log(out)[-1]["tokens"]
+    assert end["flops"] == 6 * start["N"] * end["tokens"]
+    again = train.main(flags(home, out, "--resume"))
+    assert again is None  # ended: nothing to do
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("how", ["kill", "SIGTERM"])
+def test_resumed_is_uninterrupted(home, whole, tmp_path, monkeypatch, how):
+    """Stopped in a random step, resumed: the very same losses (dropout included), best step, and weights."""
+    at, count, original = random.randint(1, 7), [0], train.step_flops
+
+    def interrupt(*a):
+        count[0] += 1
+        if count[0] == at and how == "kill":
+            raise Killed  # nothing in train.py reacts to it: what is on disk is what kill -9 leaves
+        if count[0] == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*a)
+    monkeypatch.setattr(train, "step_flops", interrupt)
+    out = tmp_path / "out"
+    if how == "kill":
+        with pytest.raises(Killed):
+            train.main(flags(home, out))
+    else:
+        assert train.main(flags(home, out)) is None
+        assert len(list(out.glob("checkpoint-*"))) == 1
+    monkeypatch.undo()
+    result = train.main(flags(home, out, "--resume"))
+    assert losses(out) == losses(whole[0]), at
+    assert result["best_step"] == whole[1]["best_step"]
+    a, b = load_prm(out).state_dict(), load_prm(whole[0]).state_dict()
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_with_other_settings_is_refused(home, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(train, "step_flops", lambda *a: os.kill(os.getpid(), signal.SIGTERM) or (0, 0))
+    train.main(flags(home, tmp_path / "out"))
+    monkeypatch.undo()
+    fails(capsys, "--lr was None, is 0.1", flags(home, tmp_path / "out", "--resume", "--lr", "0.1"))
+
+
+def test_killed_while_the_best_is_moved(home, whole, tmp_path):
+    (tmp_path / "best").mkdir()
+    (tmp_path / "best" / "model.safetensors").write_text("new")
+    (tmp_path / "model.safetensors").write_text("old")
+    train.promote(tmp_path)
+    assert (tmp_path / "model.safetensors").read_text() == "new"
+    assert not (tmp_path / "best").exists()
+
+
+def test_accumulation_is_a_large_batch(home, tmp_path):
+    for name, size, accumulate in (("large", 64, 1), ("small", 8, 8)):  # each step is the whole epoch
+        train.main(flags(home, tmp_path / name, "--batch-size", size, "--accumulate", accumulate, "--dropout", 0))
+    assert close(tmp_path / "large", tmp_path / "small")
+
+
+def test_nan_stops_the_run_and_names_the_row(home, tmp_path, capsys):
+    rows = [json.loads(line) for line in open(home / "rows.jsonl")]
+    rows[7]["completions"][0] = "~~~"  # a token of no other row, whose embedding is broken
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    model = Qwen2Model.from_pretrained(home / "model")
+    tokenizer = AutoTokenizer.from_pretrained(home / "model")
+    model.embed_tokens.weight.data[tokenizer("~")["input_ids"]] = float("inf")
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    argv = flags(home, tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--model", tmp_path / "model",
+                 "--eval-every", 1, "--max-steps", 0, "--val-fraction", 0.1)
+    assert not train.held_out(rows[7]["prompt"], 0.1)
+    fails(capsys, "rows.jsonl:8.", argv)
+    done = [r["step"] for r in read_log(tmp_path / "out")]
+    assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "out"))
+    if done:
+        assert (tmp_path / "out" / f"checkpoint-{done[-1]:08d}").exists()
+
+
+def test_truncated_rows_train_without_nan(home, tmp_path):
+    train.main(flags(home, tmp_path / "out", "--max-length", 60, "--val-fraction", 0.5))
+    start = read_log(tmp_path / "out", "start")[0]
+    assert start["dropped"] > 0
+    assert start["rows"] + start["val_rows"] + start["dropped"] == 48
+    assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "out"))
+
+
+def test_frozen_backbone_and_save_dtype(home, tmp_path):
+    train.main(flags(home, tmp_path / "out", "--freeze-backbone", "--save-dtype", "float16", "--lr", 0.01))
+    before, after = load_prm(home / "model", fresh=True), load_prm(tmp_path / "out")
+    assert all(torch.equal(a.half(), b.half())
+               for a, b in zip(before.backbone.parameters(), after.backbone.parameters()))
+    assert not torch.equal(before.head[0].weight, after.head[0].weight)
+    start, end = read_log(tmp_path / "out", "start")[0], read_log(tmp_path / "out", "end")[0]
+    assert end["flops"] == 2 * start["N"] * end["tokens"]  # no backward
+    train.main([*flags(home, tmp_path / "more"), "--model", str(tmp_path / "out")])  # a PRM can be trained on
+    assert read_log(tmp_path / "more", "eval")[0]["loss"] == pytest.approx(
+        min(r["loss"] for r in read_log(tmp_path / "out", "eval")[1:]), abs=2e-3)
+
+
+def test_bf16_and_recomputed_activations(home, whole, tmp_path):
+    train.main(flags(home, tmp_path / "again", "--checkpointing"))
+    assert close(tmp_path / "again", whole[0])
+    train.main(flags(home, tmp_path / "bf16", "--dtype", "bfloat16"))
+    assert close(tmp_path / "bf16", whole[0], 0.05)
+    assert not close(tmp_path / "bf16", whole[0], 1e-7)
+
+
+# ---------------------------------------------------------------- two gloo ranks
+
+def two_ranks(rank, port, home, runs, queue):
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                      MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+    original = train.step_flops
+    for argv, kill in runs:
+        count = [0]
+
+        def counted(*a, count=count, kill=kill):
+            count[0] += 1
+            if count[0] == kill:
+                if rank == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)  # one rank is told, both must stop
+            return original(*a)
+        train.step_flops = counted
+        result = train.main(argv)
+        queue.put((rank, argv[argv.index("--out") + 1], result and result["stopped_early"], count[0]))
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks(home, whole, tmp_path):
+    """All that needs two processes, in one pair of them: torch takes seconds to start."""
+    one, ddp, fsdp, cut, early = (tmp_path / n for n in ("one", "ddp", "fsdp", "cut", "early"))
+    train.main(flags(home, one, "--accumulate", 2))  # dropout on: its masks belong to micro-batches, not to ranks
+    stop = ("--lr", 10, "--patience", 1, "--eval-every", 1, "--clip", 1e9)
+    runs = [(flags(home, ddp), 0), (flags(home, fsdp, "--fsdp"), 0), (flags(home, cut, "--fsdp"), 4),
+            (flags(home, cut, "--fsdp", "--resume"), 0), (flags(home, early, *stop), 0)]
+    queue = mp.get_context("spawn").SimpleQueue()
+    mp.spawn(two_ranks, (29500 + os.getpid() % 2000, home, runs, queue), nprocs=2)
+    done = [queue.get() for _ in range(2 * len(runs))]
+    assert close(ddp, one)      # gradients (their norms), losses, validation
+    assert close(fsdp, ddp)
+    assert close(cut, fsdp, 1e-9)  # stopped in one rank's step 4, resumed on both
+    stopped = [(flag, steps) for _, out, flag, steps in done if out == str(early)]
+    assert len(stopped) == 2
+    assert stopped[0] == stopped[1]  # both ranks, after the same step
+    assert stopped[0][0]
+    assert stopped[0][1] < 8
+    a, b = load_prm(fsdp).state_dict(), load_prm(one).state_dict()
+    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
