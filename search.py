@@ -235,11 +235,12 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     """Search all problems -> sample rows. budgets: generated tokens for each problem (default: args.tokens)."""
     def reward_by(how):
         return lambda node: aggregate([n.p for n in node.path() if n.p is not None], how)
-    options = dict(n=args.n if budgets is None else sys.maxsize, k=args.k, m=args.m, c=args.c,
-                   simulations=args.simulations, simulate=args.simulate, prune=args.prune, adaptive=args.adaptive,
-                   reward=reward_by(args.aggregate), path_score=reward_by(args.beam_score))
+    options = {**vars(args), "reward": reward_by(args.aggregate), "path_score": reward_by(args.beam_score)}
+    if budgets:
+        options["n"] = sys.maxsize  # as many samples as the budget buys
     searches = [Search(policy.root(p.id, p.question, p.domain), STRATEGIES[strategy], options,
-                       tokens=budgets[i] if budgets else args.tokens, seconds=args.seconds if not budgets else math.inf)
+                       tokens=budgets[i] if budgets else args.tokens,
+                       seconds=math.inf if budgets else args.seconds)
                 for i, p in enumerate(problems)]
     with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
         drive(searches, policy, prms, args.combine, progress)
@@ -309,8 +310,9 @@ def show(search, row):
         others = {n.text: n for n in search.tried if n.parent is node.parent and n.text != node.text}
         for other in sorted(others.values(), key=lambda n: -(n.p or 0))[:3]:
             print("      | " + coloured(other.text, other.p))
-    print(f"  -> {'right' if row['samples'][row['picked']]['correct'] else 'wrong'}, "
-          f"{row['cost']['policy_generated']} tokens generated, {len(search.tried)} nodes in the tree\n")
+    known = row.get("answer") is not None or row.get("tests")  # not of one's own --question
+    print("  -> " + ("" if not known else "right, " if row["samples"][row["picked"]]["correct"] else "wrong, ")
+          + f"{row['cost']['policy_generated']} tokens generated, {len(search.tried)} nodes in the tree\n")
 
 
 def report(rows, args):
