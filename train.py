@@ -581,7 +581,7 @@ def train(args, stop):
                 "flops_with_attention": 0.0, "settings": settings}
     checkpoints = sorted(out.glob("checkpoint-*")) if args.resume else []
     if checkpoints:
-        progress = json.loads((checkpoints[-1] / "progress.json").read_text())
+        progress |= json.loads((checkpoints[-1] / "progress.json").read_text())
         changed = [f"--{k.replace('_', '-')} was {v}, is {settings.get(k)}" for k, v in progress["settings"].items()
                    if settings.get(k) != v]
         if changed:
@@ -608,8 +608,8 @@ def train(args, stop):
     say("\n".join(f"{k}: {v}" for k, v in start.items() if k != "settings"))
     say(f"first row ({data[0].where}), tokens and the labels they carry:")
     carried = dict(zip(data[0].positions.tolist(), data[0].labels.tolist()))
-    tokens = prm.tokenizer.batch_decode([[i] for i in data[0].ids.tolist()])
-    say(" ".join(repr(token)[1:-1] + (f" <{carried[i]:g}>\n" if i in carried else "") for i, token in enumerate(tokens)))
+    tokens = enumerate(prm.tokenizer.batch_decode([[i] for i in data[0].ids.tolist()]))
+    say(" ".join(repr(token)[1:-1] + (f" <{carried[i]:g}>\n" if i in carried else "") for i, token in tokens))
 
     # -------- the loop
     peak = next((f for name, f in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
@@ -620,7 +620,7 @@ def train(args, stop):
         say("eval 0 " + show(figures))
     for step in range(progress["step"], len(plans)):
         started, micros = time.perf_counter(), plans[step]
-        M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks and micro-batches: all know the plan
+        M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks: each of them knows the plan
         micros = micros + [[]] * (-len(micros) % world)
         mine = list(enumerate(micros))[rank::world]
         loss_sum, seen = torch.zeros((), device=device), []
@@ -667,7 +667,8 @@ def train(args, stop):
         figures = dict(loss=loss, norm=norm, lr=lr * schedule(step), labels=M, tokens=progress["tokens"],
                        tokens_per_second=sum(row_lengths) / seconds, padding=1 - sum(row_lengths) / padded,
                        seconds=progress["seconds"], flops=progress["flops"],
-                       flops_with_attention=progress["flops_with_attention"], mfu=(flops + flops_attention) / seconds / world / peak if peak else None)
+                       flops_with_attention=progress["flops_with_attention"],
+                       mfu=(flops + flops_attention) / seconds / world / peak if peak else None)
         log("train", step + 1, **figures)
         if (step + 1) % args.log_every == 0:
             say(f"step {step + 1}/{len(plans)} loss {loss:.4f} norm {norm:.2f} lr {figures['lr']:.1e} "

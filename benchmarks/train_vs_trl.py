@@ -127,10 +127,55 @@ def run_ours(folder, size, options, epochs, lr):
                 accuracy=last["accuracy"], loss=last["loss"])
 
 
+# ---------------------------------------------------------------- how time scales
+
+def cpu_per_token(prm, rows, tokens, repeat=3):
+    """Microseconds of CPU time a token: forward and backward of `rows` rows of `tokens` tokens, a label in each 20."""
+    import torch
+
+    from train import prm_loss
+    ids = torch.randint(len(prm.tokenizer), (rows, tokens))
+    at = torch.arange(19, tokens, 20).repeat(rows)
+    of = torch.arange(rows).repeat_interleave(len(at) // rows)
+    best = float("inf")
+    for _ in range(repeat + 1):  # the first one warms up, the best one was disturbed least
+        started = time.process_time()
+        prm_loss(prm(ids, of, at), torch.ones(len(at)))[0].backward()
+        best = min(best, time.process_time() - started)
+        prm.zero_grad()
+    return best / ids.numel() * 1e6
+
+
+def scale(folder, sizes):
+    import torch
+
+    from prm_model import load_prm
+    torch.set_num_threads(1)
+    for size in sizes:
+        prm = load_prm(folder / size, fresh=True).train()
+        batches = ", ".join(f"{n * 128}: {cpu_per_token(prm, n, 128):.0f}" for n in (1, 4, 16, 64))
+        lengths = ", ".join(f"{n}: {cpu_per_token(prm, 4096 // n, n):.0f}" for n in (64, 256, 1024))
+        print(f"{size}: CPU us/token by batch tokens (rows of 128)  {batches}")
+        print(f"{size}: CPU us/token by row length (4096 tokens)    {lengths}", flush=True)
+        rates = {}
+        for processes in (1, 2):  # the same optimizer steps: one process accumulates what two share
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                       str(ROOT / "train.py"), "--data", str(folder / "train.jsonl"), "--model", str(folder / size),
+                       "--out", str(folder / f"ddp{processes}"), "--overwrite", "--accumulate", str(2 // processes),
+                       "--max-steps", "12", "--eval-every", "1000", "--batch-size", "16", "--device", "cpu"]
+            subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+            log = [json.loads(line) for line in open(folder / f"ddp{processes}" / "log.jsonl")]
+            steps = sorted(r["tokens_per_second"] for r in log if r["kind"] == "train")
+            rates[processes] = steps[len(steps) // 2]
+        print(f"{size}: DDP tokens/s (wall, median step)  1 process {rates[1]:.0f}, 2 processes {rates[2]:.0f}: "
+              f"efficiency {rates[2] / rates[1] / 2:.0%} (needs two idle cores)", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
     parser.add_argument("--only", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
+    parser.add_argument("--scale", action="store_true", help="only how time scales")
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
@@ -146,11 +191,10 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_rows(folder, args.rows)
-        print(f"{'size':6} {'contender':14} {'tokens/CPU s':>12} {'padding':>8} {'accuracy':>8} {'loss':>7} {'CPU s':>7}",
-              flush=True)
+        print("size   contender      tokens/CPU s  padding accuracy    loss   CPU s", flush=True)
         for size in args.sizes:
             make_model(folder, size)
-            for name in args.only:
+            for name in [] if args.scale else args.only:
                 env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
                 done = subprocess.run([sys.executable, __file__, "--epochs", str(args.epochs), "--lr", str(args.lr),
                                        "--worker", str(folder), size, name], capture_output=True, text=True, env=env)
@@ -161,6 +205,7 @@ def main(argv=None):
                 r = json.loads(found[0][7:])
                 print(f"{size:6} {name:14} {r['tokens'] / r['cpu']:12.0f} {r['padding']:8.1%} {r['accuracy']:8.3f} "
                       f"{r['loss']:7.3f} {r['cpu']:7.1f}", flush=True)
+        scale(folder, args.sizes)
 
 
 if __name__ == "__main__":
