@@ -297,7 +297,7 @@ def zygote(scratch):
     """A worker's whole life: isolate, say hello, then one JSON request a line in, one JSON reply a line out."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in (0, 1, 2):
+    for fd in (0, 1):
         os.dup2(null, fd)
     sys.path.pop(0)  # the folder of this file: a program has no business importing from it
     isolation = _isolate(scratch)
@@ -329,7 +329,8 @@ def _isolate(scratch):
             os._exit(os.waitpid(pid, 0)[1] != 0)
         got.update(pid=True, net=True, mount=_mounts(scratch))
     if hasattr(LIBC, "prctl"):
-        LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: dies with its parent
+        if got["pid"]:  # PR_SET_PDEATHSIG: dies with the launcher. Without one the parent is a *thread* of the caller
+            LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)
         LIBC.prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE 0: a child of the same user id cannot trace it
         got["reaper"] = not LIBC.prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans come to us
     # The kernel counts processes per user id (and user namespace): a user's own others must not use up the allowance.
@@ -509,7 +510,7 @@ def _kill_all(isolation, pids):
 
 def _fork(function, fds, out, request, isolation):
     """Fork a child with lowered rights that runs function(request, out, *fds) and never returns. -> its pid."""
-    pid = os.fork()
+    parent, pid = os.getpid(), os.fork()
     if pid:
         return pid
     code = 1
@@ -519,9 +520,11 @@ def _fork(function, fds, out, request, isolation):
             os.closerange(low, fd)
             low = fd + 1
         os.closerange(low, 256)
+        os.dup2(1, 2)  # nowhere
         os.setsid()
         _lower(request, isolation)
-        code = function(request, out, *fds) or 0
+        if os.getppid() == parent:  # else the worker died before its death could be a signal
+            code = function(request, out, *fds) or 0
     except MemoryError:
         code = 77
     finally:

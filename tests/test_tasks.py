@@ -312,7 +312,8 @@ HOSTILE = {
     "opens a socket": ("import socket\nsocket.create_connection(('127.0.0.1', PORT), timeout=1)", "Error|exit code"),
     "reads the environment": ("import os\nos.environ['SECRET']", "KeyError|exit code"),
     "leaves a daemon": ("import os, time\nif os.fork() == 0:\n    os.setsid()\n"
-                        "    if os.fork() == 0: time.sleep(1000)\n    os._exit(0)", "left processes running|exited early"),
+                        "    if os.fork() == 0: time.sleep(1000)\n    os._exit(0)",
+                        "left processes running|exited early"),
     "prints success": ("print('ok'); print('[\"ok\", true, 0]')\nimport os\nfor fd in range(1, 60):\n"
                        "    try: os.write(fd, b'[\"ok\", true, 0]\\n')\n    except OSError: pass\nos._exit(0)", ""),
     "ignores its limits": ("import signal\nsignal.signal(signal.SIGPROF, signal.SIG_IGN)\nsignal.setitimer(2, 0)\n"
@@ -383,7 +384,8 @@ def test_root_without_namespaces_still_judges_and_cleans_up():
         print("fine")
     """) % (str(Path(tasks.__file__).parent), str(Path(__file__).parent))
     drop = "import ctypes, os, sys\nctypes.CDLL(None).prctl(24, 21)\nos.execv(sys.argv[1], sys.argv[1:])"
-    done = subprocess.run([sys.executable, "-c", drop, sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-c", drop, sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     if "unreadable" in done.stdout:
         pytest.skip("this Python can be read by root only")
     assert done.stdout.strip() == "fine", done.stderr
