@@ -270,8 +270,10 @@ def digest(value):
 
 
 def _order(value):
+    if isinstance(value, int) and abs(value) >= 1 << 53:
+        return hex(value)  # HumanEval/83 returns a million digits, and decimal takes quadratic time
     if isinstance(value, float):
-        return int(value) if value.is_integer() else f"{value:.6g}"
+        return _order(int(value)) if value.is_integer() else f"{value:.6g}"
     if isinstance(value, (list, tuple)):
         return [type(value).__name__, *map(_order, value)]
     if isinstance(value, (set, frozenset)):
@@ -313,6 +315,7 @@ def zygote(scratch):
     for line in requests:
         replies.write(json.dumps(_serve(json.loads(line), scratch, isolation)).encode() + b"\n")
         replies.flush()
+    os._exit(0)  # the caller closed the pipe; taking the interpreter apart would only cost time
 
 
 def _isolate(scratch):
@@ -578,8 +581,9 @@ def _timed(function, args, kwargs, request, short=False):
     start = time.process_time()
     try:
         value = function(*args, **kwargs)
-        coded = encode(value)
-        if short and len(json.dumps(coded)) > LONG:
+        many = isinstance(value, (list, tuple)) and len(value) > LONG // 4
+        coded = None if many and short else encode(value)
+        if short and (many or len(json.dumps(coded)) > LONG):
             coded = {"t": "digest", "v": digest(json_form(value) if request["json"] else value)}
         return "ok", coded, time.process_time() - start
     except BaseException as error:  # SystemExit too: a program that leaves has not answered
@@ -783,9 +787,13 @@ def close():
         if _pool["owner"] != os.getpid():
             return
         for worker in _pool["all"]:
-            worker.stdin.close()
-            worker.kill()
-            worker.wait()
+            worker.stdin.close()  # an idle worker ends by itself
+        for worker in _pool["all"]:
+            try:
+                worker.wait(1)
+            except subprocess.TimeoutExpired:
+                worker.kill()
+                worker.wait()
             worker.stdout.close()
         shutil.rmtree(_pool["scratch"], ignore_errors=True)
         _pool["owner"] = None
@@ -891,8 +899,17 @@ def _right(tests, i, out, expected):
             return set(out) == set(expected)
         if oracle == "truth":  # a match object, True, or whatever is not None
             return (out is not None and out is not False) == (expected is not None and expected is not False)
+        if oracle == "pyramid":  # Mbpp/581: "height" may be the pyramid's own, where the reference takes the slant's
+            edge, height = tests["inputs"][i]
+            if abs(out - round(edge**2 + 2 * edge * math.sqrt((edge / 2) ** 2 + height**2))) <= tests["atol"]:
+                return True
+        if oracle == "digits":  # Mbpp/558: digit by digit of two numbers padded to one length
+            a, b = map(str, tests["inputs"][i])
+            width = max(len(a), len(b))
+            if out == sum(abs(int(x) - int(y)) for x, y in zip(a.zfill(width), b.zfill(width))):
+                return True
     except (TypeError, ValueError, OverflowError):
-        return False
+        return False if oracle in ("root", "set", "truth") else same(out, expected, atol)
     if oracle == "anything" or (oracle == "zero" and out == 0):
         return True
     if tests.get("json"):  # some rows of APPS wrap the result in a list
@@ -904,8 +921,9 @@ def _right(tests, i, out, expected):
 
 def same(out, expected, atol=1e-6):
     """Equal, floats within atol + 1e-7 relative (evalplus's rule), also inside lists, tuples and dicts; nan is nan."""
-    if isinstance(out, tuple) and out[:1] == ("digest",) and not (isinstance(expected, tuple) and expected == out):
-        return out[1] == digest(expected)
+    for a, b in ((out, expected), (expected, out)):
+        if isinstance(a, tuple) and a[:1] == ("digest",) and a != b:
+            return a[1] == digest(b)
     if isinstance(expected, float) and isinstance(out, (int, float)) and not isinstance(out, bool):
         both_nan = out != out and expected != expected
         return out == expected or both_nan or abs(out - expected) <= atol + 1e-7 * abs(expected)
@@ -1047,7 +1065,8 @@ def _first_error(row, n):
 # evalplus's special oracles: tasks whose statement leaves the order, or the kind of truth value, open
 # (https://github.com/evalplus/evalplus, eval/_special_oracle.py)
 ORACLES = {
-    "find_zero": "root", "are_equivalent": "anything", "sum_div": "zero",
+    "find_zero": "root", "are_equivalent": "anything", "sum_div": "zero", "surface_Area": "pyramid",
+    "digit_distance_nums": "digits",
     **dict.fromkeys(["similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
                      "intersection_array", "find_dissimilar", "Diff"], "set"),
     **dict.fromkeys(["check_str", "text_match_three", "text_starta_endb"], "truth"),
