@@ -71,6 +71,8 @@ def test_extract_answer(text, want):
     (r"\text{Evelyn}", "Evelyn", True),
     (r"90^\circ", "90^{\\circ}", True),
     (r"\frac{1}{2}", r"\frac{1}{3}", False),
+    ("52_8", "52_{8}", True),
+    ("52_8", "52_{9}", False),
     ("5", None, False),
     ("5", "", False),
 ])
