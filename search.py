@@ -369,7 +369,7 @@ def parse(argv):
     a("--domain", choices=["math", "code"], default="math", help="of --question")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
     add_policy_flags(parser, str(TINY / "A"))
-    add_run_flags(parser, limit=100)
+    add_run_flags(parser, limit=50)
     args = parser.parse_args(argv)
     check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "seconds", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
