@@ -23,8 +23,8 @@ What this does NOT protect from:
 - `unittest` tests (BigCodeBench) share their process with the program: they must, since they patch its modules. Changed
   builtins or assert methods and results that redefine == are noticed; a search of memory for the success token is not;
 - kernel bugs, side channels, and using up to MEMORY in each of up to PROCESSES processes at once (there is no cgroup);
-- where namespaces are refused (most containers, macOS) a warning names what is missing: files that the user may write
-  can be written, the network is open, and on macOS a process that left its group survives.
+- where namespaces are refused (most containers, macOS) a warning names what is missing. Then only a guard inside the
+  program's own process keeps it from your files, your processes and the network: a net for accidents, not a wall.
 For code that is hostile on purpose rather than merely wrong, run the whole thing in a virtual machine.
 """
 
@@ -308,7 +308,6 @@ def zygote(scratch):
         os.dup2(null, fd)
     sys.path.pop(0)  # the folder of this file: a program has no business importing from it
     isolation = _isolate(scratch)
-    os.environ.clear()
     os.chdir(scratch)
     if hasattr(sys, "set_int_max_str_digits"):
         sys.set_int_max_str_digits(0)
@@ -529,6 +528,7 @@ def _fork(function, fds, out, request, isolation):
             low = fd + 1
         os.closerange(low, 256)
         os.dup2(1, 2)  # nowhere
+        os.environ.clear()
         os.setsid()
         _lower(request, isolation)
         if os.getppid() == parent:  # else the worker died before its death could be a signal
@@ -557,6 +557,30 @@ def _lower(request, isolation):
         except (ValueError, OSError):
             if sys.platform == "linux":
                 raise  # macOS refuses some, which the docstring says; elsewhere a missing limit is an error
+    if not (isolation["pid"] and isolation["net"] and isolation["mount"]):
+        _guard(isolation["uid"])
+
+
+def _guard(own_user):
+    """Where the kernel gives no namespaces: refuse what harms the user, from inside the program's own process.
+
+    A net for accidents such as os.kill(-1, 9), not a wall: ctypes gets around it. Audit hooks cannot be removed, though.
+    """
+    scratch, writing = os.path.realpath("."), os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    changes = {"os." + n for n in "chmod chown link mkdir remove rename rmdir symlink truncate utime".split()}
+    refused = ("socket.",) if own_user else ("socket.", "os.kill", "os.fork", "os.exec", "os.posix_spawn", "os.system",
+                                             "os.spawn", "subprocess.", "ctypes.dlopen", "shutil.rmtree")
+
+    def hook(event, args):
+        if event.startswith(refused):
+            raise PermissionError(f"{event} in a program that is judged")
+        if event in changes or (event == "open" and isinstance(args[2], int) and args[2] & writing):
+            for path in args[: 2 if event in ("os.rename", "os.link") else 1]:
+                inside = isinstance(path, int) or os.path.realpath(os.fsdecode(path)).startswith(scratch)
+                if not inside and path != os.devnull:
+                    raise PermissionError(f"{event} outside the scratch folder")
+
+    sys.addaudithook(hook)
 
 
 # ---------------------------------------------------------------------------- in the child: the program runs
@@ -682,8 +706,10 @@ def _child_unittest(request, out):
 
     watched = (builtins, json, os, unittest, unittest.mock, unittest.TestCase, unittest.TestSuite, unittest.TestLoader)
 
-    def state():
-        return [{k: id(v) for k, v in vars(x).items()} for x in watched]
+    before = [dict(vars(x)) for x in watched]
+
+    def tampered():  # new names are fine: modules load parts of themselves late
+        return any(vars(x).get(k) is not v for x, names in zip(watched, before) for k, v in names.items())
 
     def plain(function):
         @functools.wraps(function)
@@ -695,7 +721,6 @@ def _child_unittest(request, out):
 
         return call
 
-    before = state()
     try:
         space = _load(request)
         if isinstance(space.get(request["entry"]), types.FunctionType):
@@ -703,11 +728,11 @@ def _child_unittest(request, out):
         exec(compile(request["test"], "<tests>", "exec", dont_inherit=True), space)
         signal.setitimer(signal.ITIMER_PROF, request["total"])
         suite, result = unittest.TestSuite(), unittest.TestResult()
-        if state() == before:
+        if not tampered():
             suite = unittest.defaultTestLoader.loadTestsFromModule(sys.modules["__main__"])
             suite.run(result)
         failed = result.errors + result.failures
-        if state() != before:
+        if tampered():
             _emit(out, "exc", "Tampering", 0)
         elif failed or result.testsRun != suite.countTestCases():
             _emit(out, "exc", failed[0][1].strip().split("\n")[-1].split(":")[0] if failed else "AssertionError", 0)
@@ -747,9 +772,10 @@ def _start_worker():
         os.chmod(_pool["scratch"], 0o711)
         atexit.register(close)
     scratch = tempfile.mkdtemp(dir=_pool["scratch"])
-    # a fixed hash seed repeats the order of sets; no other environment, no user site; fd 2 is for faults of our own
-    worker = subprocess.Popen([sys.executable, "-s", os.path.abspath(__file__), "--zygote", scratch], cwd=scratch,
-                              env={"PYTHONHASHSEED": "0"}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # a fixed hash seed repeats the order of sets; nothing else of our environment; fd 2 is for faults of our own
+    command = [sys.executable, "-s", os.path.abspath(__file__), "--zygote", scratch]
+    worker = subprocess.Popen(command, cwd=scratch, env={"PYTHONHASHSEED": "0", "MPLCONFIGDIR": scratch},
+                              stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     _pool["all"].append(worker)
     hello = worker.stdout.readline()
     if not hello:

@@ -393,6 +393,23 @@ def test_root_without_namespaces_still_judges_and_cleans_up():
     assert done.stdout.strip() == "fine", done.stderr
 
 
+def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
+    script = textwrap.dedent("""
+        import os, socket, subprocess, sys
+        sys.path.insert(0, sys.argv[1])
+        import tasks
+        tasks._guard(False)
+        open("inside", "w").write("x"); os.rename("inside", "renamed"); open("renamed").read(); open(os.devnull, "w")
+        for attack in (lambda: open("../outside", "w"), lambda: os.kill(os.getpid(), 0), lambda: os.remove("../x"),
+                       lambda: os.rename("renamed", "../y"), socket.socket, lambda: subprocess.run(["true"])):
+            try: attack()
+            except PermissionError: print("refused")
+    """)
+    command = [sys.executable, "-c", script, str(Path(tasks.__file__).parent)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["refused"] * 6, done.stderr
+
+
 def test_many_ways_of_being_right_and_wrong():
     call, stdin = Problem("c", "q", "code", tests=KINDS["call"]), Problem("s", "q", "code", tests=KINDS["stdin"])
     several = [(call, GOOD), (call, f"Text.\n```python\n{GOOD}```\nmore"), (call, "```\nno\n```\n```py\n" + GOOD),
