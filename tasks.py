@@ -564,7 +564,7 @@ def _lower(request, isolation):
 def _guard(own_user):
     """Where the kernel gives no namespaces: refuse what harms the user, from inside the program's own process.
 
-    A net for accidents such as os.kill(-1, 9), not a wall: ctypes gets around it. Audit hooks cannot be removed, though.
+    A net for accidents such as os.kill(-1, 9), not a wall: C code gets around it. At least a hook cannot be removed.
     """
     scratch, writing = os.path.realpath("."), os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     changes = {"os." + n for n in "chmod chown link mkdir remove rename rmdir symlink truncate utime".split()}
