@@ -162,7 +162,7 @@ def test_problems_searched_together_are_searched_as_alone():
 
 def command(*flags, ranks=0):
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks else []
-    return [sys.executable, *launch, str(ROOT / "search.py"), "--task", "tiny-math", "--limit", "6",
+    return [sys.executable, *launch, str(ROOT / "search.py"), "--task", "tiny-math", "--limit", "4",
             "--max-step-tokens", "40", "--max-steps", "16", *flags]
 
 
