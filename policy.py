@@ -467,7 +467,7 @@ class ServerPolicy:
         self.url, self.served, self.chat_tokenizer, self.separator = url.rstrip("/"), model, chat_tokenizer, separator
         self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
         self.max_step_tokens, self.max_steps, self.retries, self.timeout = max_step_tokens, max_steps, retries, timeout
-        self.pool = ThreadPoolExecutor(parallel)
+        self.pool, self.returns_stop = ThreadPoolExecutor(parallel), False
         self.generated = self.prefilled = 0
         self.seconds = 0.0
 
@@ -501,28 +501,34 @@ class ServerPolicy:
         return groups
 
     def _sample(self, parent, keys, whole):
-        """One request for all samples of a node; the seed is the first sample's key, so a rerun draws the same."""
+        """One request for all samples of a node, or several where a server ignores n (`transformers serve` does).
+        The seed is the first sample's key, so a rerun draws the same."""
         text = self._text(parent)
-        body = {"model": self.served, "prompt": text, "n": len(keys), "seed": keys[0] % (1 << 31), "logprobs": 0,
-                "max_tokens": self.max_step_tokens * (self.max_steps if whole else 1), **self.sampling}
-        answer = self._post(body if whole else {**body, "stop": [self.separator]})
-        choices = zip(keys, answer["choices"], strict=True)
-        return [self._node(parent, key, choice, text, whole) for key, choice in choices]
+        body = {"model": self.served, "prompt": text, "logprobs": 0, **self.sampling,
+                "max_tokens": self.max_step_tokens * (self.max_steps if whole else 1)}
+        if not whole:
+            body["stop"] = [self.separator]
+        choices = []
+        while len(choices) < len(keys):
+            choices += self._post({**body, "n": len(keys) - len(choices), "seed": keys[len(choices)] % (1 << 31)})
+        return [self._node(parent, key, choice, text, whole) for key, choice in zip(keys, choices)]
 
     def _node(self, parent, key, choice, prompt, whole):
-        text, logps, reason = choice["text"], _logprobs(choice), choice.get("finish_reason")
+        text, logps, reason = choice["text"], choice["logps"], choice.get("finish_reason")
         while not whole and reason == "stop" and text.count("```") % 2:  # stopped inside a code fence: go on
-            text += self.separator
+            text = text.removesuffix(self.separator) + self.separator  # some servers return the stop string, too
             choice = self._post({"model": self.served, "prompt": prompt + text, "n": 1, "seed": key % (1 << 31),
                                  "max_tokens": self.max_step_tokens, "logprobs": 0, "stop": [self.separator],
-                                 **self.sampling})["choices"][0]
-            text, logps, reason = text + choice["text"], logps + _logprobs(choice), choice.get("finish_reason")
+                                 **self.sampling})[0]
+            text, logps, reason = text + choice["text"], logps + choice["logps"], choice.get("finish_reason")
             if not choice["text"]:
                 break  # an end of text inside the fence: asking again would change nothing
         self.generated += len(logps)
-        # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart; without it
-        # the end shows one request later, as a step without text.
-        over = whole or (choice["stop_reason"] is None if "stop_reason" in choice else not text.strip())
+        # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart, and so does
+        # a server that returns the separator; else the end shows one request later, as a step without text.
+        self.returns_stop |= not whole and text.endswith(self.separator)
+        over = whole or not text.strip() or (choice["stop_reason"] is None if "stop_reason" in choice else
+                                             self.returns_stop and not text.endswith(self.separator))
         parts = [text] if not whole else _cut(text, self.separator)
         node = parent
         for i, part in enumerate(parts):
@@ -543,14 +549,14 @@ class ServerPolicy:
         return prompt + "".join(n.text + self.separator for n in node.path())
 
     def _post(self, body):
-        """POST with retries on connection errors, 429 and 5xx, waiting 1, 2, 4 ... s. Other errors are the server's
-        own words as a ValueError."""
+        """POST -> choices, each with its tokens' log-probabilities as "logps". Retries on connection errors, 429 and
+        5xx, waiting 1, 2, 4 ... s; other errors are the server's own words as a ValueError."""
         request = urllib.request.Request(self.url + "/completions", json.dumps(body).encode(), {
             "Content-Type": "application/json", "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
         for attempt in range(self.retries):
             try:
                 with urllib.request.urlopen(request, timeout=self.timeout) as reply:
-                    return json.load(reply)
+                    return _choices(json.load(reply), self.url)
             except urllib.error.HTTPError as error:
                 words = error.read().decode(errors="replace")[:500]
                 if error.code != 429 and error.code < 500:
@@ -562,11 +568,18 @@ class ServerPolicy:
         raise ValueError(f"{self.url} did not answer after {self.retries} tries: {words}")
 
 
-def _logprobs(choice):
-    found = (choice.get("logprobs") or {}).get("token_logprobs")
-    if found is None:
-        raise ValueError("the server sent no logprobs, without which tokens cannot be counted: start it with them on")
-    return [x or 0.0 for x in found]
+def _choices(answer, url):
+    """Without logprobs (`transformers serve`) a lone choice still has its number of tokens; their logps are NaN."""
+    for choice in answer["choices"]:
+        found = (choice.get("logprobs") or {}).get("token_logprobs")
+        if found is None:
+            if len(answer["choices"]) > 1 or "usage" not in answer:
+                raise ValueError(f"{url} sent no logprobs, so tokens cannot be counted: start it with them on")
+            found = [float("nan")] * answer["usage"]["completion_tokens"]
+        choice["logps"] = [x or 0.0 for x in found]
+    if not answer["choices"]:
+        raise ValueError(f"{url} sent no choices")
+    return answer["choices"]
 
 
 def _cut(text, separator):
