@@ -704,7 +704,7 @@ def _child_unittest(request, out):
     import unittest
     import unittest.mock
 
-    watched = (builtins, json, os, unittest, unittest.mock, unittest.TestCase, unittest.TestSuite, unittest.TestLoader)
+    watched = (builtins, json, os, unittest, unittest.TestCase, unittest.TestSuite, unittest.TestLoader)
 
     before = [dict(vars(x)) for x in watched]
 
