@@ -433,7 +433,7 @@ def _run(children, request, isolation, pipes=()):
         os.close(fd)
     data, end, codes, closed, nap = bytearray(), None, {}, False, 1e-4
     # CPU time is what the limits count. The wall clock ends programs that sleep: silent for long, and not because a
-    # busy machine left them less than a hundredth of a core.
+    # busy machine left them less than a hundredth of a core. It also ends fork bombs, which make the machine busy.
     patience, final = 3 * request["limit"] + 1, time.monotonic() + 20 * request["total"] + 10
     since, used = time.monotonic(), 0.0
     while end is None and len(codes) < len(pids):
@@ -444,7 +444,7 @@ def _run(children, request, isolation, pipes=()):
             if b"\n" in chunk and request["kind"] != "stdin":  # one more test is through
                 since, used = time.monotonic(), _cpu(pids)
             end = "output limit" if len(data) > OUTPUT else end
-            if chunk and time.monotonic() < since + patience:
+            if chunk and time.monotonic() < min(since + patience, final):
                 continue
         for pid in [p for p in pids if p not in codes]:  # a child may close its pipe and live, or leave it to a daemon
             done, code = os.waitpid(pid, os.WNOHANG)
@@ -454,8 +454,9 @@ def _run(children, request, isolation, pipes=()):
             time.sleep(nap)
             nap = min(2 * nap, 0.02)
         now = time.monotonic()
-        if end is None and (now > final or (now > since + patience and _cpu(pids) - used < 0.01 * (now - since))):
-            end = "timeout"
+        if end is None and (now > final or now > since + patience):
+            idle = _cpu(pids) - used < 0.01 * (now - since)
+            end = "timeout" if now > final or idle or _forked(pids) else None
     while not closed and end is None and select.select([read], [], [], 0)[0]:  # what was written just before the end
         chunk = os.read(read, 1 << 20)
         data += chunk
@@ -480,6 +481,18 @@ def _cpu(pids):
         except OSError:
             pass  # it has ended
     return total
+
+
+def _forked(pids):
+    """Have these children live children of their own? False where the system does not say."""
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/task/{pid}/children") as f:
+                if f.read().strip():
+                    return True
+        except OSError:
+            pass  # it has ended, or there is no such file here
+    return False
 
 
 def _alive():
