@@ -83,6 +83,22 @@ def child_key(key, index):
     return int.from_bytes(hashlib.blake2b(f"{key}/{index}".encode(), digest_size=8).digest(), "big") >> 1
 
 
+def next_keys(nodes, n):
+    """[(node, keys of its next samples)] for n samples each (one number, or one a node). A node that is asked for
+    twice goes on numbering where it was."""
+    jobs = []
+    for node, count in zip(nodes, [n] * len(nodes) if isinstance(n, int) else n):
+        jobs.append((node, [child_key(node.key, node.drawn + i) for i in range(count)]))
+        node.drawn += count
+    return jobs
+
+
+def chat_prompt(tokenizer, question, domain, tokenize):
+    """The question in the model's chat template, as token ids or as text."""
+    return tokenizer.apply_chat_template([{"role": "user", "content": f"{question}\n\n{INSTRUCTION[domain]}"}],
+                                         add_generation_prompt=True, tokenize=tokenize, return_dict=False)
+
+
 # ---------------------------------------------------------------- the tree cache
 
 class RoomyLayer(DynamicLayer):
@@ -293,12 +309,13 @@ class Policy:
         self.max_step_tokens, self.max_steps, self.max_batch_tokens = max_step_tokens, max_steps, max_batch_tokens
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = eos if eos is not None else tokenizer.eos_token_id
-        self.eos = torch.tensor(eos if isinstance(eos, list) else [eos], device=model.device)
+        self.eos_ids = eos if isinstance(eos, list) else [eos]
+        self.eos = torch.tensor(self.eos_ids, device=model.device)
         # Only a token with a line end in it can complete a separator: all others need no look at their text.
         strings = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         newline = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
         newline[[i for i, s in enumerate(strings) if "\n" in s]] = True
-        self.newline = newline.to(model.device)
+        self.newline, self.newline_ids = newline.to(model.device), set(newline.nonzero()[:, 0].tolist())
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         self.dtype = model.dtype
         self.generated = self.prefilled = 0
@@ -313,18 +330,18 @@ class Policy:
 
     def _prompt_ids(self, question, domain):
         if self.tokenizer.chat_template:
-            return list(self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{question}\n\n{INSTRUCTION[domain]}"}], add_generation_prompt=True,
-                tokenize=True, return_dict=False))
-        return self.tokenizer(question + self.separator, add_special_tokens=False)["input_ids"]
+            return list(chat_prompt(self.tokenizer, question, domain, tokenize=True))
+        return self._step_ids(question)
+
+    def _step_ids(self, text):
+        return self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
 
     def adopt(self, root, steps):
         """Existing text as a path below root: its last node. Its tokens count as prefilled, not generated."""
         node = root
         for i, text in enumerate(steps):
-            ids = self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
-            node = Node(text, node, ids, key=child_key(node.key, f"adopted {i} {text}"), depth=node.depth + 1,
-                        domain=root.domain)
+            node = Node(text, node, self._step_ids(text), key=child_key(node.key, f"adopted {i} {text}"),
+                        depth=node.depth + 1, domain=root.domain)
         return node
 
     def propose(self, nodes, n):
@@ -338,16 +355,12 @@ class Policy:
     @torch.inference_mode()
     def _generate(self, nodes, n, whole):
         started = time.perf_counter()
-        counts = [n] * len(nodes) if isinstance(n, int) else list(n)
         bad = next((node for node in nodes if node.end), None)
         if bad is not None:
             raise ValueError(f"cannot continue a solution that has ended ({bad.end}): {bad.text!r}")
         self.prefilled += extend(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
         out = {node: [] for node in nodes}
-        jobs = []  # one a sample; a node asked for twice goes on numbering its samples
-        for node, count in zip(nodes, counts):
-            jobs += [(node, child_key(node.key, node.drawn + i)) for i in range(count)]
-            node.drawn += count
+        jobs = [(node, key) for node, keys in next_keys(nodes, n) for key in keys]  # one a sample
         limit = self.max_step_tokens * (self.max_steps if whole else 1)
 
         def width(job):
@@ -381,16 +394,19 @@ class Policy:
             logps.append(logp)
             stop = torch.isin(token, self.eos) | (t == limit - 1) | (rows.position + 1 >= self.context)
             if not whole:
-                for row in (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0].tolist():
-                    stop[row] = _closed(self.tokenizer.decode([x[row] for x in tokens]), self.separator)
+                maybe = (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0]
+                if len(maybe):
+                    texts = self.tokenizer.batch_decode(torch.stack(tokens, 1)[maybe].tolist())
+                    stop[maybe] = torch.tensor([_closed(x, self.separator) for x in texts], device=device)
             length = torch.where(stop & (length == 0), t + 1, length)
             stopped = length.nonzero()[:, 0]
             # A stopped row costs as much as a live one, and taking it out copies the cache: do so by quarters.
             if 4 * len(stopped) >= len(alive):
-                ids, lps = torch.stack(tokens, 1), torch.stack(logps, 1)
-                for row, item, n in zip(stopped.tolist(), alive[stopped].tolist(), length[stopped].tolist()):
+                ids, lps = (torch.stack(x, 1)[stopped].tolist() for x in (tokens, logps))
+                which = zip(stopped.tolist(), alive[stopped].tolist(), length[stopped].tolist())
+                for i, (row, item, n) in enumerate(which):
                     kv = None if whole else rows.new_kv(row, n - 1)  # the last token has not been encoded yet
-                    results[item] = ids[row, :n].tolist(), lps[row, :n].tolist(), kv
+                    results[item] = ids[i][:n], lps[i][:n], kv
                 left = (length == 0).nonzero()[:, 0]
                 if len(left) == 0:
                     return results
@@ -404,8 +420,8 @@ class Policy:
     def _nodes(self, parent, key, ids, logps, kv, whole):
         """The sampled tokens as nodes below parent, one a step; returns the last."""
         self.generated += len(ids)
-        ended = ids[-1] in self.eos.tolist()
-        spans = _split(ids, self.tokenizer, self.separator, self.newline) if whole else [(0, len(ids))]
+        ended = ids[-1] in self.eos_ids
+        spans = _split(ids, self.tokenizer, self.separator, self.newline_ids) if whole else [(0, len(ids))]
         node = parent
         for i, (a, b) in enumerate(spans):
             text = self.tokenizer.decode(ids[a:b], skip_special_tokens=True).strip("\n")
@@ -419,7 +435,7 @@ class Policy:
         return node
 
 
-# The other way for a solution to be over, beside the end-of-text token: a complete \\boxed{...}.
+# The other way for a solution to be over, beside the end-of-text token: a complete \boxed{...}.
 FINAL = re.compile(r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}")
 
 
@@ -440,10 +456,10 @@ def _line(node):
 
 
 def _split(ids, tokenizer, separator, newline):
-    """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped."""
+    """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped. newline: a set of ids."""
     spans, a = [], 0
     for b in range(1, len(ids) + 1):
-        if b == len(ids) or (newline[ids[b - 1]] and _closed(tokenizer.decode(ids[a:b]), separator)):
+        if b == len(ids) or (ids[b - 1] in newline and _closed(tokenizer.decode(ids[a:b]), separator)):
             spans.append((a, b))
             a = b
     if len(spans) > 1 and not tokenizer.decode(ids[spans[-1][0]:], skip_special_tokens=True).strip():
@@ -457,8 +473,8 @@ def _split(ids, tokenizer, separator, newline):
 class ServerPolicy:
     """The same interface over an OpenAI-compatible server: plain /v1/completions with n, stop, logprobs and seed.
 
-    The server keeps its own prefix cache; `prefilled` counts the prompt tokens that it reports. chat_tokenizer, if
-    given, is only used to put the question into the model's chat template.
+    The server keeps its own prefix cache, and what it spares cannot be seen from here: `prefilled` stays 0.
+    chat_tokenizer, if given, is only used to put the question into the model's chat template.
     """
     dtype = torch.float32  # of the PRM beside it
 
@@ -471,32 +487,19 @@ class ServerPolicy:
         self.generated = self.prefilled = 0
         self.seconds = 0.0
 
-    root = Policy.root
+    root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
 
     def _prompt_ids(self, question, domain):
         return ()  # the server has the tokens
 
-    def adopt(self, root, steps):
-        node = root
-        for i, text in enumerate(steps):
-            node = Node(text, node, key=child_key(node.key, f"adopted {i} {text}"), depth=node.depth + 1,
-                        domain=root.domain)
-        return node
-
-    def propose(self, nodes, n):
-        return self._generate(nodes, n, whole=False)
-
-    def complete(self, nodes, n):
-        return self._generate(nodes, n, whole=True)
+    def _step_ids(self, text):
+        return ()
 
     def _generate(self, nodes, n, whole):
         started = time.perf_counter()
-        counts = [n] * len(nodes) if isinstance(n, int) else list(n)
-        jobs = []
-        for node, count in zip(nodes, counts):
-            jobs.append((node, [child_key(node.key, node.drawn + i) for i in range(count)]))
-            node.drawn += count
-        groups = list(self.pool.map(lambda job: self._sample(*job, whole), jobs))
+        groups = list(self.pool.map(lambda job: self._sample(*job, whole), next_keys(nodes, n)))
+        # counted here, not by the threads, whose += could overwrite each other's
+        self.generated += sum(end.tokens() - node.tokens() for node, group in zip(nodes, groups) for end in group)
         self.seconds += time.perf_counter() - started
         return groups
 
@@ -523,7 +526,6 @@ class ServerPolicy:
             text, logps, reason = text + choice["text"], logps + choice["logps"], choice.get("finish_reason")
             if not choice["text"]:
                 break  # an end of text inside the fence: asking again would change nothing
-        self.generated += len(logps)
         # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart, and so does
         # a server that returns the separator; else the end shows one request later, as a step without text.
         self.returns_stop |= not whole and text.endswith(self.separator)
@@ -543,9 +545,7 @@ class ServerPolicy:
         root = node.root()
         prompt = root.text + self.separator
         if self.chat_tokenizer is not None:
-            prompt = self.chat_tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{root.text}\n\n{INSTRUCTION[root.domain]}"}], tokenize=False,
-                add_generation_prompt=True)
+            prompt = chat_prompt(self.chat_tokenizer, root.text, root.domain, tokenize=False)
         return prompt + "".join(n.text + self.separator for n in node.path())
 
     def _post(self, body):

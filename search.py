@@ -234,7 +234,7 @@ def score(prms, leaves, combine):
 def solve(problems, strategy, policy, prms, args, budgets=None):
     """Search all problems -> sample rows. budgets: generated tokens for each problem (default: args.tokens)."""
     def reward_by(how):
-        return lambda node: aggregate([n.p for n in node.path() if n.p is not None], how)
+        return lambda node: aggregate([n.p for n in node.path() if n.p is not None and n.text], how)
     options = {**vars(args), "reward": reward_by(args.aggregate), "path_score": reward_by(args.beam_score)}
     if budgets:
         options["n"] = sys.maxsize  # as many samples as the budget buys

@@ -101,7 +101,7 @@ def test_sampling_follows_the_distribution_and_top_p():
     ("```\nopen\n\nfor ever", ["```\nopen\n\nfor ever"])])
 def test_steps_end_at_separators_but_not_inside_a_code_fence(tokenizer, text, want):
     ids = tokenizer(text)["input_ids"]
-    newline = torch.tensor(["\n" in tokenizer.decode([i]) for i in range(len(tokenizer))])
+    newline = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
     spans = policy_module._split(ids, tokenizer, "\n\n", newline)
     assert [tokenizer.decode(ids[a:b]) for a, b in spans] == want
 
