@@ -1,6 +1,6 @@
 """Train a process reward model: §2.2 and Appendix B.2 of the paper, read from top to bottom.
 
-    python train.py                                                       # a laptop: the tiny world, a few minutes
+    python train.py --samples 6000 --epochs 1 --batch-size 64             # a laptop: the tiny world, under two minutes
     python train.py --data trl-lib/math_shepherd --model Qwen/Qwen2.5-0.5B --batch-tokens 16384 --out runs/prm
     torchrun --nproc_per_node=8 train.py --data a.jsonl:0.5 b.jsonl:0.5 --model Qwen/Qwen2.5-7B --batch-tokens 16384 \\
         --accumulate 4 --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm       # add --fsdp from 14B on

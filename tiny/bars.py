@@ -13,6 +13,7 @@
 ± is half a 95 % bootstrap interval over problems; a difference of z standard errors is paired over problems.
 """
 import argparse
+import itertools
 import json
 import random
 import statistics
@@ -30,6 +31,7 @@ import tasks  # noqa: E402
 from policy import load_policy_flags  # noqa: E402
 from prm_model import load_prm  # noqa: E402
 from tiny import world  # noqa: E402
+from train import auc_pairs  # noqa: E402
 
 
 def interval(values, statistic=statistics.fmean, rounds=1000):
@@ -39,28 +41,14 @@ def interval(values, statistic=statistics.fmean, rounds=1000):
     return statistic(values), (drawn[int(0.975 * rounds)] - drawn[int(0.025 * rounds)]) / 2
 
 
-def auc(pairs):
-    """Probability that a right step scores above a wrong one, ties half. pairs: (score, right) -> (AUC, pairs)."""
-    ordered, ranks, i = sorted(pairs), 0.0, 0
-    positives = sum(y for _, y in ordered)
-    while i < len(ordered):
-        j = i
-        while j < len(ordered) and ordered[j][0] == ordered[i][0]:
-            j += 1
-        ranks += (i + j + 1) / 2 * sum(y for _, y in ordered[i:j])
-        i = j
-    weight = positives * (len(ordered) - positives)
-    return ((ranks - positives * (positives + 1) / 2) / weight if weight else 0.0), weight
-
-
-def position_auc(problems):
-    """AUC among steps at the same position, positions weighed by their pairs. problems: lists of (position, p, y)."""
-    at = defaultdict(list)
-    for steps in problems:
-        for t, p, y in steps:
-            at[t].append((p, y))
-    found = [auc(pairs) for pairs in at.values()]
-    return sum(a * w for a, w in found) / max(1, sum(w for _, w in found))
+def auc(problems, same_position=False):
+    """Probability that a right step scores above a wrong one, over all pairs, or all pairs of steps at one position.
+    problems: for each problem its steps as (position, p, right)."""
+    places = defaultdict(list)
+    for t, p, right in itertools.chain(*problems):
+        places[t if same_position else 0].append((p, right))
+    found = [auc_pairs(torch.tensor([p for p, _ in x]), torch.tensor([y for _, y in x])) for x in places.values()]
+    return sum(u for u, _ in found) / max(1, sum(pairs for _, pairs in found))
 
 
 def difference(name, a, b):
@@ -92,10 +80,11 @@ def measure(domain, args, flags, policy, prms):
            "pass@16": interval([any(c) for c in correct])}
     steps = [[(t, p, y) for s in r["samples"]
               for t, (p, y) in enumerate(zip(s["scores"], world.grade(raw[r["id"]], s["steps"])))] for r in pool]
-    out["step AUC"] = interval(steps, lambda x: auc([(p, y) for own in x for _, p, y in own])[0], rounds=100)
-    out["step AUC at the same position"] = interval(steps, position_auc, rounds=100)
+    out["step AUC"] = interval(steps, auc, rounds=100)
+    out["step AUC at the same position"] = interval(steps, lambda x: auc(x, same_position=True), rounds=100)
     first = [[x for s in r["samples"] for x in up_to_first_error(s, raw[r["id"]])] for r in pool]
-    out["the same, up to the first wrong step"] = interval(first, position_auc, rounds=100)
+    out["the same, up to the first wrong step"] = interval(
+        first, lambda x: auc(x, same_position=True), rounds=100)
     print(f"\n{domain}: {len(problems)} problems, {sum(map(len, steps)):,} steps")
     for how in search.AGGREGATIONS:
         best = [max(r["samples"], key=lambda s: search.aggregate(s["scores"], how))["correct"] for r in pool]  # noqa: B023
