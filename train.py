@@ -639,10 +639,10 @@ def train(args, stop):
             seen.append((rows, rows_M, logits_M.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = float(norm.full_tensor() if args.fsdp else norm)
-        sums = torch.tensor([float(loss_sum), float(bool(stop))], dtype=torch.float64)
+        loss_sum = loss_sum.double().cpu()
         if world > 1:
-            dist.all_reduce(sums)
-        loss = float(sums[0]) / M
+            dist.all_reduce(loss_sum)
+        loss = float(loss_sum) / M
         if not math.isfinite(loss + norm):  # the same on all ranks; the weights are still those of the step before
             bad = [data[rows[i]].where for rows, rows_M, z in seen for i in rows_M[~z.isfinite()].unique().tolist()]
             everywhere = [bad]
@@ -694,9 +694,12 @@ def train(args, stop):
                 progress["bad"] += 1
         if done or stopped:
             break
-        if (step + 1) % args.eval_every == 0 or sums[1]:
+        told = torch.tensor(int(bool(stop)))  # asked last, so that a SIGTERM never costs another step
+        if world > 1:
+            dist.all_reduce(told)
+        if (step + 1) % args.eval_every == 0 or told:
             save_checkpoint(out, model, optimizer, progress, rank, world)
-        if sums[1]:
+        if told:
             say(f"SIGTERM: saved at step {step + 1}, --resume goes on from there")
             return None
 
