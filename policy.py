@@ -38,7 +38,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 INSTRUCTION = {"math": "Solve step by step, with an empty line between steps. "
                        "Put the final answer in \\boxed{} at the end.",
                "code": "First explain the idea in short steps with an empty line between them, "
-                       "then give the whole program in one ```python block."}
+                       "then give the whole program in one ```python block.",
+               "judge": "Check the steps in order. End with one line, \"First wrong step: N\", or "  # annotate.py
+                        "\"First wrong step: none\"."}
 
 
 @dataclass(eq=False)  # identity, not value: two samples of the same text are two nodes
@@ -631,10 +633,11 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
     return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
 
 
-def add_policy_flags(parser, default):
-    """The flags of every script that samples from an LLM; load_policy_flags reads them."""
+def add_policy_flags(parser, default=None):
+    """The flags of every script that samples from LLMs; load_policy_flags reads them. No --policy without a default."""
     a = parser.add_argument
-    a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
+    if default:
+        a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
     a("--policy-model", help="the server's name of the model")
     a("--separator", help="text between steps (default: what the folder says, else an empty line)")
     a("--temperature", type=float, default=1.0)
@@ -644,8 +647,9 @@ def add_policy_flags(parser, default):
     a("--max-batch-tokens", type=int, default=65536, help="padded tokens of one forward: lower it to save memory")
 
 
-def load_policy_flags(args, device):
-    return load_policy(args.policy, device, args.dtype, args.policy_model,
-                       args.separator and args.separator.encode().decode("unicode_escape"), seed=args.seed,
-                       temperature=args.temperature, top_p=args.top_p, max_step_tokens=args.max_step_tokens,
-                       max_steps=args.max_steps, max_batch_tokens=args.max_batch_tokens)
+def load_policy_flags(args, device, path=None, **keywords):
+    options = {"seed": args.seed, "temperature": args.temperature, "top_p": args.top_p,
+               "max_step_tokens": args.max_step_tokens, "max_steps": args.max_steps,
+               "max_batch_tokens": args.max_batch_tokens, **keywords}
+    return load_policy(path or args.policy, device, args.dtype, args.policy_model,
+                       args.separator and args.separator.encode().decode("unicode_escape"), **options)

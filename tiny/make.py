@@ -31,17 +31,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tiny import world  # noqa: E402
 
 SEPARATOR = "\n"
-#        author     hidden layers heads steps  batch seed
+# cycles: optimizer steps of each cosine cycle (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983)
+#        author    hidden layers heads cycles  batch seed
 MODELS = {
-    "A": ("A", 96, 4, 4, 1500, 64, 1),
-    "B": ("B", 64, 4, 4, 1500, 64, 2),
-    "C": ("C", 112, 4, 4, 1500, 64, 3),
-    "xs": ("careful", 48, 3, 4, 1500, 64, 4),
-    "s": ("careful", 64, 4, 4, 1500, 64, 5),
-    "m": ("careful", 96, 5, 4, 1500, 64, 6),
-    "l": ("careful", 128, 6, 4, 1500, 64, 7),
+    "A": ("A", 96, 4, 4, (1500,), 64, 1),
+    "B": ("B", 64, 4, 4, (1500,), 64, 2),
+    "C": ("C", 112, 4, 4, (1500,), 64, 3),
+    "xs": ("careful", 48, 3, 4, (1500,), 64, 4),
+    "s": ("careful", 64, 4, 4, (1500,), 64, 5),
+    "m": ("careful", 96, 5, 4, (1500,), 64, 6),
+    "l": ("careful", 128, 6, 4, (1500, 2200), 64, 7),
 }
-
 
 STAGES = ["tokenizer", *MODELS, "rows"]
 
@@ -87,16 +87,26 @@ def get_batch(author, tokenizer, rng, stream, size):
     return ids, targets
 
 
-def lm_loss(model, ids, targets):
-    """Mean next-token loss on the solutions. The head runs on their positions only."""
-    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state  # causal and padded right: no mask needed
-    keep = targets != -100
-    return F.cross_entropy(model.lm_head(hidden[keep]), targets[keep])
+def backward(model, ids, targets, rows=16):
+    """Mean next-token loss on the solutions, and its gradients. Rows of similar length go together: code is shorter
+    than math, and 43 % of the batch would be padding. The head runs on the solutions' positions only."""
+    keep, total, loss = targets != -100, (targets != -100).sum(), 0.0
+    lengths = keep.flip(1).int().argmax(1).neg() + ids.shape[1]
+    for part in lengths.argsort().split(rows):
+        width = int(lengths[part].max())
+        hidden = model.model(input_ids=ids[part, :width], use_cache=False).last_hidden_state  # causal: no mask needed
+        mine = keep[part, :width]
+        logits = model.lm_head(hidden[mine])
+        part_loss = F.cross_entropy(logits, targets[part, :width][mine], reduction="sum") / total
+        part_loss.backward()
+        loss += part_loss.item()
+    return loss
 
 
 def train_lm(name, tokenizer, out, threads):
     """Pre-train one LM, saving a checkpoint every two minutes, so that a killed run goes on where it was."""
-    author, hidden, layers, heads, steps, size, seed = MODELS[name]
+    author, hidden, layers, heads, cycles, size, seed = MODELS[name]
+    steps = sum(cycles)
     lr_max = 3e-3 * (64 / hidden) ** 0.5
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
@@ -119,19 +129,25 @@ def train_lm(name, tokenizer, out, threads):
           f"{steps} steps from {first}", flush=True)
     started, saved_at, tokens, running = time.time(), time.time(), 0, None
     for step in range(first, steps):
-        lr = lr_max * min(1, (step + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+        at, length = step, cycles[0]
+        for length in cycles:
+            if at < length:
+                break
+            at -= length
+        if at == 0:
+            optimizer.state.clear()
+        lr = lr_max * min(1, (at + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * at / length)))
         for group in optimizer.param_groups:
             group["lr"] = lr
         rng = random.Random(f"{name} {seed} {step}")  # batch `step` is the same whether or not the run was interrupted
         stream = {d: world.problems(d, "train", seed=f"{name} {step}") for d in ("math", "code")}
         ids, targets = get_batch(author, tokenizer, rng, stream, size)
-        loss = lm_loss(model, ids, targets)
-        loss.backward()
+        loss = backward(model, ids, targets)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += ids.numel()
-        running = loss.item() if running is None else 0.95 * running + 0.05 * loss.item()
+        tokens += int((ids != tokenizer.pad_token_id).sum())
+        running = loss if running is None else 0.95 * running + 0.05 * loss
         if step % 50 == 0 or step == steps - 1:
             print(f"{name} step {step} loss {running:.4f} lr {lr:.5f} {tokens / (time.time() - started):.0f} tokens/s "
                   f"{(seconds + time.time() - started) / 60:.1f} min", flush=True)
@@ -142,7 +158,7 @@ def train_lm(name, tokenizer, out, threads):
             saved_at = time.time()
     model.half().save_pretrained(out / f"{name}.tmp_dir")
     tokenizer.save_pretrained(out / f"{name}.tmp_dir")
-    record = dict(author=author, steps=steps, batch=size, seed=seed, loss=running,
+    record = dict(author=author, cycles=cycles, batch=size, seed=seed, loss=running,
                   minutes=(seconds + time.time() - started) / 60)
     (out / f"{name}.tmp_dir" / "made.json").write_text(json.dumps(record) + "\n")
     shutil.rmtree(out / name, ignore_errors=True)
