@@ -1,4 +1,5 @@
 """Rows on disk, and who writes which: the JSONL formats that the scripts share, and how they survive kills and ranks.
+At the end of the file: stepwise rows out of files, hub sets and the original schemas of PRM800K and Math-Shepherd.
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
     {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id, domain, source,
@@ -8,12 +9,16 @@ Sample rows (search.py and evaluate.py write and read; other projects' outputs c
      "samples": [{"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool, "tokens": int}]}
 """
 import gzip
+import hashlib
 import json
 import os
+import random
+import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 
 def read_rows(file):
@@ -123,3 +128,136 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.out and Path(args.out).exists() and not (args.resume or args.overwrite):
         parser.error(f"{args.out} exists: pass --resume to go on with it, or --overwrite")
+
+
+# ---------------------------------------------------------------- stepwise rows, and the two original schemas
+
+def from_prm800k(row, neutral="good"):
+    """A PRM800K record -> stepwise rows: the path that was followed, and one row for each rated alternative to it.
+
+    A path step carries the rating of the completion chosen there; a human's text (chosen_completion null) was never
+    rated, label None. Alternatives repeat the path before them unlabelled, so that each rating is used once.
+    Ratings: 1 good, -1 bad, 0 neutral (`neutral`: "good", "bad", or "drop": no label), null no label.
+    """
+    y = {1: 1.0, -1: 0.0, 0: {"good": 1.0, "bad": 0.0, "drop": None}[neutral], None: None}
+    if row["label"]["finish_reason"] == "bad_problem":
+        return []
+    path, labels, rows = [], [], []
+    for step in row["label"]["steps"]:
+        completions, chosen, human = step["completions"] or [], step["chosen_completion"], step["human_completion"]
+        for i, c in enumerate(completions):
+            if i != chosen and y[c["rating"]] is not None:
+                rows.append((path + [c["text"]], [None] * len(path) + [y[c["rating"]]]))
+        if chosen is None and not human:
+            break  # found_error, give_up: nothing was chosen, the record ends
+        path = path + [human["text"] if chosen is None else completions[chosen]["text"]]
+        labels = labels + [None if chosen is None else y[completions[chosen]["rating"]]]
+    rows = [(path, labels), *rows] if path else rows
+    return [{"prompt": row["question"]["problem"], "completions": s, "labels": v} for s, v in rows]
+
+
+def from_math_shepherd(row, neutral=None):
+    """A Math-Shepherd record -> [stepwise row].
+
+    `input` has the Cyrillic tag "ки" after each step; `label` is the same text with the tags replaced by + or -. The
+    sign is read at the tag's offset, since + and - also occur in sums; each tag before shifted it by one character.
+    A tag inside the question is an annotation error of the set, and is ignored.
+    """
+    text, signs = row["input"], row["label"]
+    first = re.search(r"\bstep 1:", text, re.IGNORECASE)
+    begin = first.start() if first else text.find("?", 0, text.find("ки")) + 1  # a few rows number no steps
+    if begin <= 0:
+        raise ValueError('input: no "Step 1:" and no "?" where the question could end')
+    steps, labels, a = [], [], begin
+    for k, tag in enumerate(re.finditer("ки", text)):
+        sign = signs[tag.start() - k:tag.start() - k + 1]
+        if sign not in ("+", "-"):
+            raise ValueError(f"label: {sign!r} where the tag of step {k + 1} is, + or - is expected")
+        if tag.start() >= begin:
+            steps.append(text[a:tag.start()].strip())
+            labels.append(float(sign == "+"))
+            a = tag.end()
+    return [{"prompt": text[:begin].replace("ки", "").strip(), "completions": steps, "labels": labels}]
+
+
+FORMATS = {"stepwise": lambda row, neutral: [row], "prm800k": from_prm800k, "math-shepherd": from_math_shepherd}
+
+
+def check(row):
+    """Raise a ValueError that names the field if this is no stepwise row. A label is in [0, 1], or None: not known."""
+    prompt, steps, labels = (row.get(k) for k in ("prompt", "completions", "labels"))
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError("prompt: a text is expected")
+    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
+        raise ValueError("completions: a list of texts is expected")
+    if not isinstance(labels, list) or len(labels) != len(steps):
+        raise ValueError(f"labels: {len(steps)} are expected, one for each of completions, not {labels!r:.60}")
+    for y in labels:
+        if y is not None and not (isinstance(y, (int, float)) and 0 <= y <= 1):
+            raise ValueError(f"labels: {y!r} is not in [0, 1]")
+
+
+def read_set(name, form="auto", neutral="good"):
+    """Yield (where, stepwise row) of a JSONL file or of a hub set's train split."""
+    if Path(name).is_file():
+        found = ((f"{name}:{number}", row) for number, row in read_rows(name))
+    elif name.endswith((".jsonl", ".gz", ".json")):
+        raise ValueError(f"{name}: no such file")
+    else:
+        from datasets import load_dataset
+        try:
+            found = ((f"{name}[{i}]", row) for i, row in enumerate(load_dataset(name, split="train")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: no such file, and the hub gave: {str(error).splitlines()[0]}") from error
+    for where, raw in found:
+        schema = form if form != "auto" else "prm800k" if isinstance(raw.get("label"), dict) else \
+            "math-shepherd" if "label" in raw and "input" in raw else "stepwise"
+        try:
+            for row in FORMATS[schema](raw, neutral):
+                check(row)
+                yield where, row
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ValueError(f"{where}: not a {schema} row ({error!r})") from error
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+
+def load_data(specs, form, neutral, samples, seed):
+    """All sets of --data as one list of (where, row): at most `samples` of each, drawn at random (§3.1, Table 3).
+
+    Weights ("a.jsonl:0.5") are shares: the largest mixture with these shares in which no row occurs twice.
+    """
+    sets = []
+    for spec in specs:
+        name, _, weight = spec.rpartition(":")
+        if not name or not re.fullmatch(r"\d*\.?\d+", weight):
+            name, weight = spec, None
+        rows = list(tqdm(read_set(name, form, neutral), f"read {name}", disable=None, leave=False))
+        if not rows:
+            raise ValueError(f"{name}: no rows")
+        random.Random(f"{seed} {Path(name).name}").shuffle(rows)  # by name: whatever the other sets, wherever it lies
+        sets.append((rows[:samples], weight))
+    if any(w is not None for _, w in sets):
+        if any(w is None or float(w) <= 0 for _, w in sets):
+            raise ValueError("--data: give every set a weight above 0, or none of them one")
+        total = min(len(rows) / float(w) for rows, w in sets)
+        sets = [(rows[:round(total * float(w))], w) for rows, w in sets]
+    return [row for rows, _ in sets for row in rows]
+
+
+def held_out(prompt, fraction):
+    """Does this problem belong to validation? A hash of the question decides: all its solutions fall on one side, and
+    on the same side in every set and every run, so that PRMs trained on different sets can be compared."""
+    digest = hashlib.blake2b(" ".join(prompt.split()).encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") < fraction * 2 ** 48
+
+
+def split(found, val_found, fraction):
+    """(training rows, validation rows) with no problem on both sides: val_found, or what is held out of `found`."""
+    asked = {row["prompt"] for _, row in val_found or found if val_found or held_out(row["prompt"], fraction)}
+    val_found = val_found or [(where, row) for where, row in found if row["prompt"] in asked]
+    found = [(where, row) for where, row in found if row["prompt"] not in asked]
+    if not found or not val_found:
+        raise ValueError(f"{'validation' if found else 'training'} would be empty: {len(asked)} problems are held out "
+                         f"(--val-fraction, --val-data), and {len(found)} rows are left to train on")
+    return found, val_found

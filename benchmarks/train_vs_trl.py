@@ -107,23 +107,27 @@ def run_trl(folder, size, options, epochs, lr):
 
 def run_ours(folder, size, options, epochs, lr):
     import train
-    times, original = [], train.evaluate
+    spans = []  # CPU times at which validation and saving began and ended: the loop is what lies between
 
-    def timed(*a, **k):
-        times.append(time.process_time())
-        result = original(*a, **k)
-        times.append(time.process_time())
-        return result
-    train.evaluate = timed
+    def timed(original):
+        def call(*a, **k):
+            spans.append([original.__name__, time.process_time()])
+            result = original(*a, **k)
+            spans[-1].append(time.process_time())
+            return result
+        return call
+    for name in ("evaluate", "save_best", "save_checkpoint"):
+        setattr(train, name, timed(getattr(train, name)))
     out = folder / "ours"
     train.main(["--data", str(folder / "train.jsonl"), "--val-data", str(folder / "test.jsonl"), "--model",
-                str(folder / size), "--out", str(out), "--overwrite", "--batch-size", "8", "--epochs", str(epochs),
-                "--lr", str(lr), "--eval-every", "1000000", "--log-every", "1000000", "--device", "cpu", *options])
+                str(folder / size), "--out", str(out), "--overwrite", "--batch-size", "8", "--accumulate", "1",
+                "--epochs", str(epochs), "--lr", str(lr), "--eval-every", "1000000", "--device", "cpu", *options])
     log = [json.loads(line) for line in open(out / "log.jsonl")]
     steps = [r for r in log if r["kind"] == "train"]
     last = [r for r in log if r["kind"] == "eval"][-1]
-    real = steps[-1]["tokens"]
-    return dict(tokens=real, padding=sum(r["padding"] for r in steps) / len(steps), cpu=times[2] - times[1],
+    end = [i for i, (name, *_) in enumerate(spans) if name == "evaluate"][-1]
+    cpu = sum(spans[i + 1][1] - spans[i][2] for i in range(end))
+    return dict(tokens=steps[-1]["tokens"], padding=sum(r["padding"] for r in steps) / len(steps), cpu=cpu,
                 accuracy=last["accuracy"], loss=last["loss"])
 
 

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 import train
 from prm_model import load_prm
+from rows import from_math_shepherd, from_prm800k, held_out, load_data, read_set
 from tiny import world
 from tiny.make import make_tokenizer
 
@@ -43,7 +44,7 @@ def home(tmp_path_factory):
 def flags(home, out, *more):
     return ["--data", f"{home}/rows.jsonl", "--model", f"{home}/model", "--out", str(out), "--val-fraction", "0.2",
             "--batch-size", "4", "--eval-every", "3", "--max-steps", "8", "--epochs", "4", "--device", "cpu",
-            "--log-every", "1000", *map(str, more)]
+            "--accumulate", "1", *map(str, more)]
 
 
 def read_log(out, kind="train"):
@@ -106,8 +107,8 @@ def test_one_class_has_no_auc():
 
 def test_encoding_is_that_of_the_prm(home):
     prm = load_prm(home / "model", fresh=True)
-    found = list(train.read_set(f"{home}/rows.jsonl"))
-    rows = train.encode_rows(prm, found, 512, progress=False)
+    found = list(read_set(f"{home}/rows.jsonl"))
+    rows = train.encode_rows(prm, found, 512)
     assert len(rows) == len(found) == 48
     for row, (_, source) in zip(rows, found):
         ids, positions = prm.encode(source["prompt"], source["completions"])
@@ -122,7 +123,7 @@ def test_masks_truncation_and_soft_labels(home):
 
     def encode(labels, length=512, **k):
         row = ("f:1", dict(prompt="Ann has 7 shells.", completions=steps, labels=labels))
-        return train.encode_rows(prm, [row], length, progress=False, **k)
+        return train.encode_rows(prm, [row], length, **k)
     full = encode([0.9, 0.25, None, 1])[0]
     assert full.labels.tolist() == pytest.approx([0.9, 0.25, 1.0])
     assert full.steps.tolist() == [0, 1, 3]
@@ -151,17 +152,17 @@ def test_plan_deals_each_row_once_whatever_the_ranks():
 
 
 def test_split_by_problem_and_shares(home, tmp_path):
-    found = train.load_data([f"{home}/rows.jsonl"], "auto", "good", 10**6, 0, 0)
+    found = load_data([f"{home}/rows.jsonl"], "auto", "good", 10**6, 0)
     assert len(found) == 48
-    assert train.held_out("What  is\n1+1?", 0.5) == train.held_out("What is 1+1?", 0.5)  # spaces are no new problem
-    assert 60 < sum(train.held_out(f"problem {i}", 0.1) for i in range(1000)) < 140
+    assert held_out("What  is\n1+1?", 0.5) == held_out("What is 1+1?", 0.5)  # spaces are no new problem
+    assert 60 < sum(held_out(f"problem {i}", 0.1) for i in range(1000)) < 140
     (tmp_path / "small.jsonl").write_text("".join(
         json.dumps(dict(prompt=f"q{i}", completions=["a"], labels=[1])) + "\n" for i in range(10)))
-    mixed = train.load_data([f"{home}/rows.jsonl:0.75", f"{tmp_path}/small.jsonl:.25"], "auto", "good", 10**6, 0, 0)
+    mixed = load_data([f"{home}/rows.jsonl:0.75", f"{tmp_path}/small.jsonl:.25"], "auto", "good", 10**6, 0)
     assert (len(mixed), sum(r["prompt"].startswith("q") for _, r in mixed)) == (40, 10)
-    sampled = train.load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0, 0)
+    sampled = load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0)
     assert len({where for where, _ in sampled}) == 20
-    assert sampled == train.load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0, 0)
+    assert sampled == load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0)
 
 
 # ---------------------------------------------------------------- the two original schemas
@@ -179,17 +180,17 @@ def test_prm800k(neutral, y):
                       ([("b", -1), ("c", None)], None, "human b"),    # a human wrote on: never rated
                       ([("d", 0), ("e", -1), ("f", 1)], 0, None),     # alternatives e, f; the path follows d
                       (None, None, None)], "give_up")                 # completions null
-    rows = {tuple(r["completions"]): r["labels"] for r in train.from_prm800k(record, neutral)}
+    rows = {tuple(r["completions"]): r["labels"] for r in from_prm800k(record, neutral)}
     assert rows == {("a", "human b", "d"): [1.0, None, y], ("a", "b"): [None, 0.0],
                     ("a", "human b", "e"): [None, None, 0.0], ("a", "human b", "f"): [None, None, 1.0]}
 
 
 def test_prm800k_unchosen_end_and_bad_problem():
     end = prm800k([([("a", 1)], 0, None), ([("b", -1), ("c", 1)], None, None)], "found_error")
-    assert [(r["completions"], r["labels"]) for r in train.from_prm800k(end)] == [
+    assert [(r["completions"], r["labels"]) for r in from_prm800k(end)] == [
         (["a"], [1.0]), (["a", "b"], [None, 0.0]), (["a", "c"], [None, 1.0])]
-    assert train.from_prm800k(prm800k([([("a", 1)], 0, None)], "bad_problem")) == []
-    assert train.from_prm800k(prm800k([])) == []
+    assert from_prm800k(prm800k([([("a", 1)], 0, None)], "bad_problem")) == []
+    assert from_prm800k(prm800k([])) == []
 
 
 def shepherd(text, signs):
@@ -205,19 +206,19 @@ def shepherd(text, signs):
     ("How many? Seven #\nSurely #", "+-", "How many?", ["Seven", "Surely"], [1, 0]),              # no numbers
 ])
 def test_math_shepherd(text, signs, prompt, steps, labels):
-    assert train.from_math_shepherd(shepherd(text, signs)) == [
+    assert from_math_shepherd(shepherd(text, signs)) == [
         {"prompt": prompt, "completions": steps, "labels": labels}]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real rows beside the repository")
 def test_real_rows():
-    shepherds = [r for _, r in train.read_set(str(REAL / "math_shepherd" / "rows.jsonl"))]
+    shepherds = [r for _, r in read_set(str(REAL / "math_shepherd" / "rows.jsonl"))]
     assert len(shepherds) == 7
     assert shepherds[0]["labels"] == [1, 1, 1, 1, 0]
     assert shepherds[0]["completions"][0].startswith("Step 1: Janet")
     assert "ки" not in json.dumps(shepherds, ensure_ascii=False)
     rated = [json.loads(line) for line in open(REAL / "prm800k" / "prm800k_rows.jsonl")]
-    labels = [y for _, r in train.read_set(str(REAL / "prm800k" / "prm800k_rows.jsonl")) for y in r["labels"]]
+    labels = [y for _, r in read_set(str(REAL / "prm800k" / "prm800k_rows.jsonl")) for y in r["labels"]]
     ratings = [c["rating"] for r in rated for s in r["label"]["steps"] for c in s["completions"] or []]
     assert sum(y is not None for y in labels) == sum(x is not None for x in ratings)  # each rating is used once
     assert labels.count(0.0) == ratings.count(-1)
@@ -268,7 +269,6 @@ def test_bad_flags(home, tmp_path, capsys, more, message):
 def test_out_is_taken_or_full(home, tmp_path, capsys, monkeypatch):
     (tmp_path / "thesis.tex").write_text("years of work")
     fails(capsys, "is taken", flags(home, tmp_path))
-    fails(capsys, "not touched", flags(home, tmp_path, "--overwrite"))
     fails(capsys, "cannot be written", flags(home, tmp_path / "thesis.tex" / "out"))
     (tmp_path / "empty.jsonl").write_text("\n")
     fails(capsys, "no rows", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/empty.jsonl"])
@@ -289,7 +289,7 @@ def test_help(capsys):
 @pytest.fixture(scope="module")
 def whole(home):
     """An uninterrupted run with dropout."""
-    result = train.main(flags(home, home / "whole", "--plot", "--json"))
+    result = train.main(flags(home, home / "whole", "--plot"))
     return home / "whole", result
 
 
@@ -299,11 +299,11 @@ def test_a_run_leaves_its_best_prm(home, whole):
         "config.json", "curves.png", "log.jsonl", "model.safetensors", "prm_head.safetensors", "tokenizer.json",
         "tokenizer_config.json"]
     evals = {r["step"]: r["loss"] for r in read_log(out, "eval")}
-    assert list(evals) == [0, 3, 6, 8]
-    best = min((3, 6, 8), key=evals.get)
+    assert list(evals) == [0, 1, 2, 3, 4, 6, 8]  # the powers of two, and each third
+    best = min((1, 2, 3, 4, 6, 8), key=evals.get)
     assert (result["best_step"], result["best"]) == (best, evals[best])
     prm = load_prm(out)  # reloaded, it has the loss that was logged
-    held = [(w, r) for w, r in train.read_set(f"{home}/rows.jsonl") if train.held_out(r["prompt"], 0.2)]
+    held = [(w, r) for w, r in read_set(f"{home}/rows.jsonl") if held_out(r["prompt"], 0.2)]
     p = [x for s in prm.score([r["prompt"] for _, r in held], [r["completions"] for _, r in held]) for x in s]
     y = [y for _, r in held for y in r["labels"]]
     assert sum(-math.log(a if b else 1 - a) for a, b in zip(p, y)) / len(y) == pytest.approx(evals[best], abs=1e-4)
@@ -354,15 +354,6 @@ def test_resume_with_other_settings_is_refused(home, tmp_path, capsys, monkeypat
     fails(capsys, "--lr was None, is 0.1", flags(home, tmp_path / "out", "--resume", "--lr", "0.1"))
 
 
-def test_killed_while_the_best_is_moved(home, whole, tmp_path):
-    (tmp_path / "best").mkdir()
-    (tmp_path / "best" / "model.safetensors").write_text("new")
-    (tmp_path / "model.safetensors").write_text("old")
-    train.promote(tmp_path)
-    assert (tmp_path / "model.safetensors").read_text() == "new"
-    assert not (tmp_path / "best").exists()
-
-
 def test_accumulation_is_a_large_batch(home, tmp_path):
     for name, size, accumulate in (("large", 64, 1), ("small", 8, 8)):  # each step is the whole epoch
         train.main(flags(home, tmp_path / name, "--batch-size", size, "--accumulate", accumulate, "--dropout", 0))
@@ -379,8 +370,8 @@ def test_nan_stops_the_run_and_names_the_row(home, tmp_path, capsys):
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     argv = flags(home, tmp_path / "out", "--data", tmp_path / "rows.jsonl", "--model", tmp_path / "model",
-                 "--eval-every", 1, "--max-steps", 0, "--val-fraction", 0.1)
-    assert not train.held_out(rows[7]["prompt"], 0.1)
+                 "--eval-every", 1, "--max-steps", 1000, "--val-fraction", 0.1)
+    assert not held_out(rows[7]["prompt"], 0.1)
     fails(capsys, "rows.jsonl:8.", argv)
     done = [r["step"] for r in read_log(tmp_path / "out")]
     assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "out"))
@@ -396,17 +387,16 @@ def test_truncated_rows_train_without_nan(home, tmp_path):
     assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "out"))
 
 
-def test_frozen_backbone_and_save_dtype(home, tmp_path):
-    train.main(flags(home, tmp_path / "out", "--freeze-backbone", "--save-dtype", "float16", "--lr", 0.01))
+def test_frozen_backbone(home, tmp_path):
+    train.main(flags(home, tmp_path / "out", "--freeze-backbone", "--lr", 0.01))
     before, after = load_prm(home / "model", fresh=True), load_prm(tmp_path / "out")
-    assert all(torch.equal(a.half(), b.half())
-               for a, b in zip(before.backbone.parameters(), after.backbone.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(before.backbone.parameters(), after.backbone.parameters()))
     assert not torch.equal(before.head[0].weight, after.head[0].weight)
     start, end = read_log(tmp_path / "out", "start")[0], read_log(tmp_path / "out", "end")[0]
     assert end["flops"] == 2 * start["N"] * end["tokens"]  # no backward
     train.main([*flags(home, tmp_path / "more"), "--model", str(tmp_path / "out")])  # a PRM can be trained on
     assert read_log(tmp_path / "more", "eval")[0]["loss"] == pytest.approx(
-        min(r["loss"] for r in read_log(tmp_path / "out", "eval")[1:]), abs=2e-3)
+        min(r["loss"] for r in read_log(tmp_path / "out", "eval")[1:]), abs=1e-5)
 
 
 def test_bf16_and_recomputed_activations(home, whole, tmp_path):
@@ -445,14 +435,14 @@ def test_two_ranks(home, whole, tmp_path):
     one, ddp, fsdp, cut, early = (tmp_path / n for n in ("one", "ddp", "fsdp", "cut", "early"))
     train.main(flags(home, one, "--accumulate", 2))  # dropout on: its masks belong to micro-batches, not to ranks
     stop = ("--lr", 10, "--patience", 1, "--eval-every", 1, "--clip", 1e9)
-    runs = [(flags(home, ddp), 0), (flags(home, fsdp, "--fsdp"), 0), (flags(home, cut, "--fsdp"), 4),
+    runs = [(flags(home, ddp), 0), (flags(home, fsdp, "--fsdp"), 0), (flags(home, cut, "--fsdp"), 5),
             (flags(home, cut, "--fsdp", "--resume"), 0), (flags(home, early, *stop), 0)]
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(two_ranks, (29500 + os.getpid() % 2000, home, runs, queue), nprocs=2)
     done = [queue.get() for _ in range(2 * len(runs))]
     assert close(ddp, one)      # gradients (their norms), losses, validation
     assert close(fsdp, ddp)
-    assert close(cut, fsdp, 1e-9)  # stopped in one rank's step 4, resumed on both
+    assert close(cut, fsdp, 1e-9)  # stopped in one rank's step 5, resumed on both
     stopped = [(flag, steps) for _, out, flag, steps in done if out == str(early)]
     assert len(stopped) == 2
     assert stopped[0] == stopped[1]  # both ranks, after the same step
