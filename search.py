@@ -20,6 +20,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 from tqdm import tqdm
@@ -140,14 +141,15 @@ def unsure(steps):
 STRATEGIES = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majority}
 
 
-def pick(found, reward, keys=None, weighted=False):
-    """Index of the chosen solution: the highest reward, or with keys the mode of the answers. Ties go to the first."""
+def pick(weights, keys=None):
+    """Index of the chosen solution: the greatest reward, or with keys (the answers) the answer of the greatest total
+    weight: the mode when each weighs 1. Ties go to the first."""
     if keys is None:
-        return max(range(len(found)), key=lambda i: (found[i].end != "length", reward(found[i])))
+        return max(range(len(weights)), key=weights.__getitem__)
     votes = Counter()
-    for node, key in zip(found, keys):
+    for weight, key in zip(weights, keys):
         if key is not None:
-            votes[key] += reward(node) if weighted else 1
+            votes[key] += max(0.0, weight)
     return keys.index(max(votes, key=votes.get)) if votes else 0
 
 
@@ -165,6 +167,7 @@ class Search:
     took: float = 0.0
     prefilled: float = 0.0
     prm_tokens: float = 0.0
+    prm_took: float = 0.0             # the PRM's part of `took`
     found: list = field(default_factory=list)  # (tokens, seconds, last node) of each finished solution, in order
     tried: list = field(default_factory=list)  # every node that was sampled
     result: object = None                      # what the strategy returned, if it came to its end
@@ -195,9 +198,10 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
             counts = [c for s in asked for c in ([s.request.n] * len(s.request.nodes)
                                                  if isinstance(s.request.n, int) else s.request.n)]
             groups = (policy.complete if whole else policy.propose)(nodes, counts)
+            sampled = time.perf_counter()
             score(prms, [n for group in groups for n in group], combine)
             after = (policy.prefilled - before[0], sum(p.tokens for p in prms) - before[1])
-            elapsed = time.perf_counter() - started
+            elapsed, scoring = time.perf_counter() - started, time.perf_counter() - sampled
             groups = iter(groups)
             mine = [[next(groups) for _ in s.request.nodes] for s in asked]
             new = [sum(n.tokens() - parent.tokens() for parent, group in zip(s.request.nodes, own) for n in group)
@@ -205,7 +209,7 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
             for s, own, tokens in zip(asked, mine, new):
                 share = tokens / max(1, sum(new))
                 s.spent += tokens
-                s.took += elapsed * share
+                s.took, s.prm_took = s.took + elapsed * share, s.prm_took + scoring * share
                 s.prefilled, s.prm_tokens = s.prefilled + after[0] * share, s.prm_tokens + after[1] * share
                 s.tried += [n for group in own for n in group]
                 s.found += [(s.spent, s.took, n) for group in own for n in group if n.end]
@@ -248,34 +252,36 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
 
 
 def sample_rows(problems, searches, strategy, args, separator):
-    """One judged row a problem (format: README), its samples in the order in which they were found."""
+    """One judged row a problem (format: rows.py), its samples in the order in which they were found."""
     flat = [(p, separator.join(node.steps())) for p, s in zip(problems, searches) for _, _, node in s.found]
     verdicts, keys, rows = iter(tasks.judge_many(flat)), iter(tasks.vote_keys(flat)), []
     for p, s in zip(problems, searches):
         nodes, reward = [node for _, _, node in s.found], s.options["reward"]
-        own_keys = [next(keys) for _ in nodes]
-        vote = pick(nodes, reward, own_keys, args.weighted) if nodes else None
-        running = [pick(nodes[:i + 1], reward) for i in range(len(nodes))]
-        picked = vote if strategy == "majority" else running[-1] if nodes else None
+        answers = [next(keys) for _ in nodes]
+        rewards = [-1.0 if node.end == "length" else reward(node) for node in nodes]  # unfinished ones come last
+        best = [i for _, i in accumulate(zip(rewards, range(len(nodes))), lambda a, b: b if b[0] > a[0] else a)]
+        vote = pick(rewards if args.weighted else [1.0] * len(nodes), answers) if nodes else None
+        picked = vote if strategy == "majority" else best[-1] if nodes else None
         if strategy == "mcts" and args.choose == "visited" and s.result is not None:
             N, children = s.result
             visited = s.root
             while visited in children:
                 visited = max(children[visited], key=lambda a: N[a])
             below = [i for i, node in enumerate(nodes) if visited in [s.root, *node.path()]]
-            picked = max(below, key=lambda i: reward(nodes[i]), default=picked)
+            picked = max(below, key=rewards.__getitem__, default=picked)
         rows.append({
             "id": p.id, "domain": p.domain, "question": p.question, "strategy": strategy,
             **({"tests": p.tests} if p.domain == "code" else {"answer": p.answer}),
-            "samples": [{"steps": n.steps(), "scores": [x.p for x in n.path() if x.text], "answer": key,
+            "samples": [{"steps": n.steps(), "scores": [x.p for x in n.path() if x.text], "answer": answer,
                          "correct": v.ok, "tokens": n.tokens(), "end": n.end}
-                        for n, key, v in zip(nodes, own_keys, verdicts)],
+                        for n, answer, v in zip(nodes, answers, verdicts)],
             "picked": picked, "vote": vote,
             # the best answer as a function of what has been spent: (tokens, seconds, sample) whenever it changed
-            "curve": [(t, round(sec, 4), now) for i, ((t, sec, _), now) in enumerate(zip(s.found, running))
-                      if i == 0 or now != running[i - 1]],
+            "curve": [(t, round(sec, 4), now) for i, ((t, sec, _), now) in enumerate(zip(s.found, best))
+                      if i == 0 or now != best[i - 1]],
             "cost": {"policy_generated": s.spent, "policy_prefilled": round(s.prefilled, 1),
-                     "prm_tokens": round(s.prm_tokens, 1), "seconds": round(s.took, 4)},
+                     "prm_tokens": round(s.prm_tokens, 1), "seconds": round(s.took, 4),
+                     "prm_seconds": round(s.prm_took, 4)},
             "overshoot": max(0, s.spent - s.tokens) if s.tokens < math.inf else 0})
     return rows
 
@@ -328,7 +334,7 @@ def report(rows, args):
         s = summary[domain] = {"problems": len(own), "cost": cost, "overshoot": max(r["overshoot"] for r in own)}
         pool = statistics.fmean(r["compared"]["pool_tokens"] for r in own)
         samples = statistics.fmean(r["compared"]["pool_samples"] for r in own)
-        for key, label, spent in (("picked", name, list(cost.values())),
+        for key, label, spent in (("picked", name, list(cost.values())[:4]),
                                   ("best_of_n", "best-of-N, same tokens", [pool]),
                                   ("majority", "majority vote, same tokens", [pool]),
                                   ("single", "a single sample", [pool / max(1, samples)])):
@@ -342,13 +348,13 @@ def report(rows, args):
 
 # ---------------------------------------------------------------- main
 
-def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_search_flags(parser):
+    """The flags that solve() reads; evaluate.py has them, too. Capitals: torchrun on Python < 3.12 takes --n for one
+    of its own flags, even after the script's name."""
     a = parser.add_argument
-    a("--strategy", required=True, choices=STRATEGIES)
-    a("--n", type=int, default=16, help="best-of-N, majority: samples (16)")
-    a("--k", type=int, default=4, help="beam: paths kept, K (4)")
-    a("--m", type=int, default=4, help="beam, MCTS: steps sampled from each path, M (4)")
+    a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
+    a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
+    a("--m", "--M", type=int, default=4, help="beam, MCTS: steps sampled from each path, M (4)")
     a("--c", type=float, default=0.5, help="MCTS: exploration constant of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--simulate", choices=["rollout", "value"], default="rollout",
@@ -359,15 +365,22 @@ def parse(argv):
     a("--weighted", action="store_true", help="majority: each vote weighs its solution's reward")
     a("--prune", type=float, default=0.0, help="drop steps whose p_t is lower (0: none)")
     a("--adaptive", action="store_true", help="more breadth where no step is surely right or PRMs disagree")
-    a("--tokens", type=int, default=None, help="budget: generated tokens a problem")
-    a("--seconds", type=float, default=None, help="budget: seconds a problem")
     a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; several are combined")
     a("--combine", choices=["mean", "min"], default="mean", help="several PRMs: average, or the most severe")
+    a("--concurrent", type=int, default=100, help="problems searched together (100)")
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("--strategy", required=True, choices=STRATEGIES)
+    a("--tokens", type=int, default=None, help="budget: generated tokens a problem")
+    a("--seconds", type=float, default=None, help="budget: seconds a problem")
     a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of tasks.py")
     a("--data", help="local file instead of the hub")
     a("--question", help="your own question")
     a("--domain", choices=["math", "code"], default="math", help="of --question")
-    a("--concurrent", type=int, default=100, help="problems searched together (100)")
+    add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
     add_run_flags(parser, limit=50)
     args = parser.parse_args(argv)

@@ -65,7 +65,7 @@ def run(strategy, tree, tokens=math.inf, **options):
     script = Script(tree)
     drive([s], script, [script])
     nodes = [node for _, _, node in s.found]
-    return s, ("".join(nodes[pick(nodes, reward)].steps()) if nodes else None)
+    return s, ("".join(nodes[pick([reward(n) for n in nodes])].steps()) if nodes else None)
 
 
 # "a" looks best and leads nowhere; "b" looks worse and leads to the only good end.
@@ -137,14 +137,11 @@ def test_adaptive_breadth_and_pruning():
 
 
 def test_pick():
-    def node(p, end="eos"):
-        return Node("x", Node("Q"), p=p, end=end)
-    found = [node(0.2), node(0.9), node(0.9), node(0.3)]
-    assert pick(found, reward) == 1                                           # ties go to the first
-    assert pick([node(0.9, "length"), node(0.1)], reward) == 1                # a cut-off solution has no answer
-    assert pick(found, reward, ["7", "8", "8", "7"]) == 0                     # a tied vote: the first seen
-    assert pick(found, reward, ["7", "8", "8", "7"], weighted=True) == 1      # 0.5 against 1.8
-    assert pick(found, reward, [None, None, "3", "4"]) == 2                   # no answer is no vote
+    assert pick([0.1, 0.9, 0.9, 0.4]) == 1                                              # ties go to the first
+    assert pick([1.0] * 4, ["7", "8", "8", "7"]) == 0                                   # a tied vote: the first seen
+    assert pick([0.1, 0.9, 0.9, 0.4], ["7", "8", "8", "7"]) == 1                        # 0.5 against 1.8
+    assert pick([1.0] * 4, [None, None, "3", "4"]) == 2                                 # no answer is no vote
+    assert pick([1.0] * 2, [None, None]) == 0
 
 
 def test_problems_searched_together_are_searched_as_alone():

@@ -1,0 +1,580 @@
+"""Metrics, tables and figures: §3.2 (prm@N, maj@N, pass@N, erroneous steps) and §4 (Figures 1-7, Table 1).
+
+    python evaluate.py                                                    # the tiny world: prm@N, maj@N, pass@N
+    python evaluate.py --samples samples.jsonl [--score --prm runs/prm]        # anybody's sample rows (format: rows.py)
+    python evaluate.py --first-error processbench --data gsm8k.json --prm runs/prm
+    python evaluate.py --exhibit fig4 --limit 500 --seeds 0 1 2           # a figure: PNG, SVG, JSONL and Markdown
+    torchrun --nproc_per_node=8 evaluate.py --policy Qwen/Qwen2.5-Coder-7B-Instruct --prm runs/prm \\
+        --task humaneval+ --strategies best_of_n majority --N 8 --out runs/eval
+
+--exhibit  fig1  accuracy against PRM size           --prms xs=runs/prm-xs s=runs/prm-s ... (folders of train.py)
+           fig2  accuracy against training steps     --prms runs/prm (its snapshots, see train.py --snapshots)
+           fig3  prm@N against N for label sets      --prms PRM800K=... Math-Shepherd=... ASLAF=...
+           fig4  accuracy against generated tokens, fig5 against seconds, for the four strategies
+           fig6  a solution with a self-correction, scored (Figures 6 and 8)
+           table1  --policies A=... B=... x majority, --prms Math=... Code=... on code tasks
+
+prm@N      is the sample with the highest aggregated score right?  maj@N: is the most frequent answer?  wmaj@N: the same
+           with each vote weighed by its score.  pass@N: is any sample?  All from one pool of --n samples a problem,
+           --subset average (over all subsets of N; for the votes, over 64 random ones) or first (the first N).
+interval   95 % percentile bootstrap over problems. Differences are paired over problems, z in standard errors.
+--json     {"settings": ..., "metrics": {name: {N: {"value", "low", "high"}}}, "paired": [...], "cost": {...}},
+           "first_error": {...} or "points": [...], as asked for.
+
+Samples, scores and searches are kept in --out, one file for each setting: what is done is not done again.
+"""
+import argparse
+import hashlib
+import json
+import math
+import random
+import statistics
+from functools import partial
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import search
+import tasks
+from policy import add_policy_flags, load_policy_flags
+from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
+from rows import Journal, add_run_flags, check_run_flags, distributed, read_rows, read_set
+from train import auc_pairs
+
+TINY = Path(__file__).resolve().parent / "tiny"
+
+
+# ---------------------------------------------------------------- statistics over problems
+
+def interval(values, statistic=statistics.fmean, rounds=1000):
+    """(statistic, low, high): 95 % percentile bootstrap of a list with one entry a problem."""
+    rng = random.Random(0)
+    drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(rounds))
+    return statistic(values), drawn[int(0.025 * rounds)], drawn[int(0.975 * rounds) - 1]
+
+
+def paired(a, b):
+    """(mean difference, its standard error, z) of two lists with one entry for each of the same problems."""
+    d = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
+    mean, se = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5 if len(d) > 1 else math.inf
+    return mean, se, mean / se if se else 0.0
+
+
+# ---------------------------------------------------------------- one problem's value of a metric at N
+
+def rewards(row, how):
+    """Aggregated score of each sample; an unfinished one ranks below all others."""
+    return [-1.0 if s.get("end") == "length" else aggregate(s["scores"], how) for s in row["samples"]]
+
+
+def pass_at(row, n, subset="average"):
+    """Is any of N right? Average over all subsets of N out of M samples, c of them right: 1 - C(M-c, N) / C(M, N)
+    (Chen et al. 2021, arXiv 2107.03374)."""
+    right = [s["correct"] for s in row["samples"]]
+    if subset == "first":
+        return float(any(right[:n]))
+    return 1 - math.comb(len(right) - sum(right), n) / math.comb(len(right), n)
+
+
+def prm_at(row, n, subset="average", how="prod"):
+    """Is the best-scored of N right? Average over all subsets of N out of M: the sample ranked r (from 0) is the best
+    of C(M-1-r, N-1) of them. Ties go to the first."""
+    reward = rewards(row, how)
+    order = sorted(range(len(reward) if subset == "average" else n), key=lambda i: (-reward[i], i))
+    right = [row["samples"][i]["correct"] for i in order]
+    if subset == "first":
+        return float(right[0])
+    M = len(right)
+    return sum(y * math.comb(M - 1 - r, n - 1) for r, y in enumerate(right)) / math.comb(M, n)
+
+
+def maj_at(row, n, subset="average", how=None, rounds=64):
+    """Is the most frequent answer of N right? how: weigh each vote by its score. Ties go to the first."""
+    M, rng = len(row["samples"]), random.Random(f"{row['id']} {n}")
+    weight, keys = rewards(row, how) if how else [1.0] * M, [s["answer"] for s in row["samples"]]
+
+    def right(chosen):
+        return row["samples"][chosen[search.pick([weight[i] for i in chosen], [keys[i] for i in chosen])]]["correct"]
+    if subset == "first" or n == M:
+        return float(right(range(n)))
+    if n == 1:
+        return statistics.fmean(s["correct"] for s in row["samples"])
+    return statistics.fmean(right(sorted(rng.sample(range(M), n))) for _ in range(rounds))
+
+
+def metric(name):
+    """"prm@N by min" and the like, without the @N: "pass", "maj", "wmaj by prod", "prm by prod"."""
+    kind, _, how = name.partition(" by ")
+    return {"pass": pass_at, "maj": maj_at, "wmaj": partial(maj_at, how=how), "prm": partial(prm_at, how=how)}[kind]
+
+
+def measure(rows, names, ns, subset="average"):
+    """{name: {N: one value a problem}}"""
+    return {name: {n: [metric(name)(row, n, subset) for row in rows] for n in ns} for name in names}
+
+
+def powers(n):
+    """1, 2, 4, ... n"""
+    return sorted({min(n, 2 ** i) for i in range(n.bit_length() + 1)})
+
+
+def at_budget(row, tokens, how="prod"):
+    """Best-of-N by the first samples that fit into `tokens` (one at least): what the same tokens buy without search."""
+    fits = sum(total <= tokens for total in accumulate(s["tokens"] for s in row["samples"]))
+    return prm_at(row, max(1, fits), "first", how)
+
+
+def anytime(row, tokens=math.inf, seconds=math.inf):
+    """Is a search's best answer right when this much is spent? Its curve says what that answer was (search.py)."""
+    best = [i for t, s, i in row["curve"] if t <= tokens and s <= seconds]
+    return float(bool(best) and row["samples"][best[-1]]["correct"])
+
+
+# ---------------------------------------------------------------- erroneous step identification (§3.2)
+
+def first_error_figures(found, threshold):
+    """found: [(p of each step, first wrong step or -1)]. The PRM says that the first step with p < threshold is wrong.
+
+    As ProcessBench (Zheng et al. 2024, arXiv 2412.06559): the share of erroneous solutions whose first wrong step is
+    found, the share of correct ones in which none is, and F1, their harmonic mean. Steps after the first wrong one have
+    no label; precision, recall and F1 of the others are of the wrong class.
+    """
+    said = [next((t for t, p in enumerate(scores) if p < threshold), -1) for scores, _ in found]
+    hit = {bad: [s == y for s, (_, y) in zip(said, found) if (y >= 0) == bad] for bad in (True, False)}
+    wrong, right = (statistics.fmean(hit[bad]) if hit[bad] else 0.0 for bad in (True, False))
+    steps = [(p, y < 0 or t < y) for scores, y in found for t, p in enumerate(scores[:y + 1] if y >= 0 else scores)]
+    tp = sum(p < threshold and not ok for p, ok in steps)
+    flagged, bad = sum(p < threshold for p, _ in steps), sum(not ok for _, ok in steps)
+    precision, recall = tp / max(1, flagged), tp / max(1, bad)
+    u, pairs = auc_pairs(torch.tensor([p for p, _ in steps]), torch.tensor([ok for _, ok in steps]))
+    return {"threshold": threshold, "erroneous": wrong, "correct": right,
+            "F1": 2 * wrong * right / (wrong + right) if wrong + right else 0.0, "step precision": precision,
+            "step recall": recall, "step F1": 2 * precision * recall / max(1e-12, precision + recall),
+            "step AUC": u / pairs if pairs else None, "solutions": len(found), "steps": len(steps)}
+
+
+def first_error(args, prm):
+    """Figures at the threshold that is best on one half of the solutions (by a hash of the question), on the other."""
+    if args.first_error in tasks.TASKS:
+        problems = tasks.load(args.first_error, args.data, args.split, args.limit)
+        items = [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
+    else:
+        items = []
+        for _, row in read_set(args.first_error, args.format):
+            bad = [t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5]
+            items.append((row["prompt"], row["completions"], bad[0] if bad else -1))
+        items = items[:args.limit]
+    scores = prm.score([q for q, _, _ in items], [s for _, s, _ in items])
+    half = [hashlib.blake2b(q.encode()).digest()[0] % 2 for q, _, _ in items]
+    dev, test = ([(p, y) for p, (_, _, y), h in zip(scores, items, half) if h == side] for side in (0, 1))
+    if not dev or not test:
+        raise ValueError(f"{args.first_error}: {len(items)} solutions are too few to choose a threshold apart")
+    best = max((t / 50 for t in range(1, 50)), key=lambda t: first_error_figures(dev, t)["F1"])
+    figures = first_error_figures(test, best)
+    _, figures["F1 low"], figures["F1 high"] = interval(test, lambda x: first_error_figures(x, best)["F1"], 200)
+    figures["F1 of chance"] = first_error_figures(random_scores(test), 0.5)["F1"]
+    return figures
+
+
+def random_scores(found):
+    """The same solutions with p uniform in (0, 1): what guessing gives."""
+    rng = random.Random(0)
+    return [([rng.random() for _ in scores], y) for scores, y in found]
+
+
+# ---------------------------------------------------------------- samples, scores and searches, each done once
+
+class Bench:
+    """Models, loaded when they are first needed, and the folder of what was done."""
+
+    def __init__(self, args):
+        self.args, self.out, self.models = args, Path(args.out), {}
+        self.rank, self.world, self.device = distributed(args.device)
+        self.problems = [p for task in args.task for seed in (args.seeds if task.startswith("tiny") else [0])
+                         for p in tasks.load(task, args.data, args.split, args.limit, seed)]
+
+    def policy(self, path):
+        if path not in self.models:
+            self.models[path] = load_policy_flags(self.args, self.device, path)
+        return self.models[path]
+
+    def prm(self, path):
+        if path not in self.models:
+            dtype = getattr(torch, self.args.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32"))
+            self.models[path] = load_prm(path, self.device, dtype, name=path,
+                                         max_batch_tokens=self.args.max_batch_tokens)
+        return self.models[path]
+
+    def once(self, name, settings, items, make):
+        """make(some items) -> rows with an "id", for all items, over all ranks, kept in a file named after settings."""
+        digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
+        file = self.out / "done" / f"{name}-{digest}.jsonl"
+        ids = [x["id"] if isinstance(x, dict) else x.id for x in items]
+        journal = Journal(file, self.rank, resume=True)
+        done = {r["id"] for r in journal.rows}
+        mine = [x for x, i in zip(items, ids) if i not in done][self.rank::self.world]
+        rows, chunk = [r for r in journal.rows if self.rank == 0], self.args.concurrent
+        for a in tqdm(range(0, len(mine), chunk), desc=name, leave=False, disable=self.rank > 0 or None):
+            new = make(mine[a:a + chunk])
+            journal.append(new)
+            rows += new
+        journal.finish(rows, list(dict.fromkeys([*done, *ids])), self.world)
+        if self.world > 1:
+            dist.barrier()
+        kept = {r["id"]: r for _, r in read_rows(file)}
+        return [kept[i] for i in ids]
+
+    def sampling(self):
+        a = self.args
+        return [a.temperature, a.top_p, a.max_step_tokens, a.max_steps, a.seed, a.task, a.data]
+
+    def run(self, strategy, policy, prm=None, **options):
+        """Sample rows of a strategy; best_of_n without a PRM is the plain pool of samples."""
+        args = argparse.Namespace(**{**vars(self.args), **options})
+        settings = [strategy, policy, prm, options, self.sampling(),
+                    [args.aggregate, args.beam_score, args.c, args.simulate, args.choose] if prm else None]
+        return self.once(f"{strategy}-{Path(policy).name}", settings, self.problems, lambda some: search.solve(
+            some, strategy, self.policy(policy), [self.prm(prm)] if prm else [], args)[1])
+
+    def scored(self, pool, policy, prm):
+        """The pool's rows with another PRM's scores."""
+        def make(some):
+            flat = [(r["question"], s["steps"]) for r in some for s in r["samples"]]
+            found = iter(self.prm(prm).score(*zip(*flat)))
+            return [{"id": r["id"], "scores": [next(found) for _ in r["samples"]]} for r in some]
+        settings = [policy, prm, len(pool[0]["samples"]), self.sampling()]
+        kept = self.once(f"scores-{Path(prm).name}", settings, pool, make)
+        return [{**r, "samples": [{**s, "scores": x} for s, x in zip(r["samples"], k["scores"])]}
+                for r, k in zip(pool, kept)]
+
+
+def named(specs):
+    """["Math=runs/a", "runs/b"] -> {"Math": "runs/a", "b": "runs/b"}"""
+    pairs = [s.split("=", 1) if "=" in s else (Path(s).name, s) for s in specs]
+    return {k: v for k, v in pairs}
+
+
+# ---------------------------------------------------------------- the exhibits: lists of points
+
+def point(series, x, values, **more):
+    value, low, high = interval(values)
+    return {"series": series, "x": x, "value": value, "low": low, "high": high, "problems": len(values), **more}
+
+
+def by_domain(rows):
+    return {d: [r for r in rows if r["domain"] == d] for d in sorted({r["domain"] for r in rows}, reverse=True)}
+
+
+def training_log(prm):
+    """What train.py wrote beside a PRM: {kind: [rows]}; empty for a PRM from elsewhere."""
+    log, kinds = Path(prm) / "log.jsonl", {}
+    for _, row in read_rows(log) if log.exists() else ():
+        kinds.setdefault(row["kind"], []).append(row)
+    return kinds
+
+
+def fig1(bench, args):
+    """Accuracy of prm@N against the PRM's size, with the FLOPs of pre-training and of reward training (6 N D)."""
+    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
+    for label, path in named(args.prms).items():
+        log = training_log(path)
+        start, end = log.get("start", [{}])[0], log.get("end", [{}])[-1]
+        size = start.get("parameters") or sum(p.numel() for p in bench.prm(path).parameters())
+        for domain, rows in by_domain(bench.scored(pool, args.policy, path)).items():
+            points.append(point(f"{domain}, prm@{args.n}", size, [prm_at(r, args.n, how=args.aggregate) for r in rows],
+                                prm=label, pretraining_flops=start.get("pretraining_flops"),
+                                reward_flops=end.get("flops")))
+    return points, "parameters of the PRM", "accuracy", True
+
+
+def fig2(bench, args):
+    """Accuracy of prm@N, and validation AUC, against the PRM's training steps."""
+    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
+    for label, path in named(args.prms).items():
+        snapshots = sorted(Path(path).glob("step-*"))
+        if not snapshots:
+            raise ValueError(f"{path} has no snapshots: train it with --snapshots")
+        for folder in snapshots:
+            for domain, rows in by_domain(bench.scored(pool, args.policy, str(folder))).items():
+                points.append(point(f"{domain}, prm@{args.n}", int(folder.name[5:]),
+                                    [prm_at(r, args.n, how=args.aggregate) for r in rows], prm=label))
+        points += [{"series": "validation: step AUC", "x": e["step"], "value": e["auc"], "low": e["auc"],
+                    "high": e["auc"], "problems": None, "prm": label} for e in training_log(path).get("eval", [])]
+    return points, "training steps of the PRM", "accuracy", False
+
+
+def fig3(bench, args):
+    """prm@N against N for PRMs from different label sets, beside majority vote."""
+    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
+    for domain, rows in by_domain(pool).items():
+        for n in powers(args.n):
+            points.append(point(f"{domain}, majority", n, [maj_at(r, n) for r in rows]))
+    for label, path in named(args.prms).items():
+        for domain, rows in by_domain(bench.scored(pool, args.policy, path)).items():
+            for n in powers(args.n):
+                points.append(point(f"{domain}, {label}", n, [prm_at(r, n, how=args.aggregate) for r in rows]))
+    return points, "N", "accuracy", True
+
+
+def fig4(bench, args, axis="tokens"):
+    """Accuracy against what is spent on a problem: generated tokens (Figure 4), or seconds (Figure 5).
+
+    Best-of-N and majority: N of one pool of --n samples, at N / --n of its cost (the vote without the PRM's seconds).
+    Beam: a run for each width K x M. MCTS: one run; its best answer whenever its cost had reached the x.
+    """
+    how, points = args.aggregate, []
+    pool = by_domain(bench.run("best_of_n", args.policy, args.prm[0], n=args.n))
+    beams = {(k, m): by_domain(bench.run("beam", args.policy, args.prm[0], k=k, m=m)) for k, m in args.widths}
+    trees = by_domain(bench.run("mcts", args.policy, args.prm[0], simulations=args.simulations))
+
+    def cost(rows, prm=True):
+        c = [r["cost"] for r in rows]
+        return statistics.fmean(x["policy_generated"] if axis == "tokens" else
+                                x["seconds"] - (0 if prm else x["prm_seconds"]) for x in c)
+    for domain, rows in pool.items():
+        for n in powers(args.n):
+            points.append(point(f"{domain}, best-of-N", cost(rows) * n / args.n, [prm_at(r, n, how=how) for r in rows],
+                                N=n))
+            points.append(point(f"{domain}, majority", cost(rows, prm=False) * n / args.n,
+                                [maj_at(r, n) for r in rows], N=n))
+        for (k, m), found in beams.items():
+            right = [float(r["picked"] is not None and r["samples"][r["picked"]]["correct"]) for r in found[domain]]
+            same = [at_budget(r, b["cost"]["policy_generated"], how) for r, b in zip(rows, found[domain])]
+            d, se, z = paired(right, same)
+            points.append(point(f"{domain}, beam", cost(found[domain]), right, width=f"{k}x{m}",
+                                above_best_of_n=d, se=se, z=z))
+        most = cost(trees[domain])
+        for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
+            right = [anytime(r, **{axis: most * share if share < 1 else math.inf}) for r in trees[domain]]
+            spent = [r["cost"]["policy_generated"] if share == 1 else most * share for r in trees[domain]]
+            d, se, z = paired(right, [at_budget(r, t, how) for r, t in zip(rows, spent)])
+            points.append(point(f"{domain}, MCTS", most * share, right,
+                                **({"above_best_of_n": d, "se": se, "z": z} if axis == "tokens" else {})))
+    return points, "generated tokens a problem" if axis == "tokens" else "seconds a problem", "accuracy", True
+
+
+def fig6(bench, args):
+    """A solution that corrects itself and ends right, with p_t of each step (Figures 6 and 8)."""
+    pool = bench.scored(bench.run("best_of_n", args.policy, n=args.n), args.policy, args.prm[0])
+    found = [(r["question"], s) for r in pool for s in r["samples"]
+             if s["correct"] and any(w in x.lower() for x in s["steps"] for w in ("wait", "however", "let me check"))]
+    if not found:
+        raise ValueError("no right sample corrects itself: raise --limit or --n")
+    question, sample = max(found, key=lambda x: max(x[1]["scores"]) - min(x[1]["scores"]))
+    print(f"\n{question}\n" + "\n".join(coloured(s, p) for s, p in zip(sample["steps"], sample["scores"])))
+    points = [{"series": "p_t", "x": t + 1, "value": p, "low": p, "high": p, "problems": 1, "step": s}
+              for t, (s, p) in enumerate(zip(sample["steps"], sample["scores"]))]
+    return points, "step", "probability that the step is correct", False
+
+
+def table1(bench, args):
+    """Policies x {single, majority, each PRM} on the code tasks: a row for each, printed as Markdown."""
+    points = []
+    for name, policy in named(args.policies).items():
+        pool = bench.run("best_of_n", policy, n=args.n)
+        scored = {label: bench.scored(pool, policy, path) for label, path in named(args.prms).items()}
+        for domain, rows in by_domain(pool).items():
+            single, n = [pass_at(r, 1) for r in rows], args.n
+            points += [point(f"{name}, {domain}: single", 1, single),
+                       point(f"{name}, {domain}: majority", n, [maj_at(r, n) for r in rows])]
+            for label, every in scored.items():
+                right = [prm_at(r, n, how=args.aggregate) for r in by_domain(every)[domain]]
+                d, se, z = paired(right, single)
+                points.append(point(f"{name}, {domain}: PRM-{label}", n, right, above_single=d, se=se, z=z))
+    return points, "N", "accuracy", False
+
+
+EXHIBITS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": partial(fig4, axis="seconds"),
+            "fig6": fig6, "table1": table1}
+
+
+def draw(name, points, x_label, y_label, log_x, out):
+    """PNG and SVG with 95 % bands, the numbers as JSONL and as a Markdown table."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    (out / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
+    more = [k for k in dict.fromkeys(k for p in points for k in p) if k not in ("series", "x", "value", "low", "high")]
+    table = [f"| | {x_label} | {y_label} | 95 % |" + "".join(f" {k} |" for k in more), "|---" * (4 + len(more)) + "|"]
+    for p in points:
+        cells = [p.get(k) for k in more]
+        cells = [f"{c:.3g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
+        cells = [p["series"], f"{p['x']:.6g}", f"{p['value']:.3f}", f"{p['low']:.3f} to {p['high']:.3f}", *cells]
+        table.append("| " + " | ".join(cells) + " |")
+    (out / f"{name}.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+    if name != "table1":
+        figure, axes = plt.subplots(figsize=(7, 4.5))
+        for series in dict.fromkeys(p["series"] for p in points):
+            mine = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
+            x = [p["x"] for p in mine]
+            line, = axes.plot(x, [p["value"] for p in mine], marker="o", markersize=3, label=series)
+            low, high = ([p[end] for p in mine] for end in ("low", "high"))
+            axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+        axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+        axes.legend(fontsize=7)
+        for suffix in ("png", "svg"):
+            figure.savefig(out / f"{name}.{suffix}", bbox_inches="tight", dpi=150)
+        plt.close(figure)
+
+
+# ---------------------------------------------------------------- the report
+
+def report(rows, names, ns, subset):
+    """Print the metrics of each domain; returns what --json writes."""
+    out = {}
+    for domain, some in by_domain(rows).items():
+        values = measure(some, names, ns, subset)
+        print(f"\n{domain}: {len(some)} problems, {len(some[0]['samples'])} samples each, subsets: {subset}\n"
+              + f"{'N':<22}" + "".join(f"{n:>18}" for n in ns))
+        out[domain] = {}
+        for name in names:
+            spread = {n: interval(values[name][n]) for n in ns}
+            out[domain][name] = {n: dict(zip(("value", "low", "high"), s)) for n, s in spread.items()}
+            print(f"{name.replace(' by', '@N by') if ' by' in name else name + '@N':<22}" + "".join(
+                f"{v:>6.3f} {f'[{low:.2f}, {high:.2f}]':>11}" for v, low, high in spread.values()))
+        best = [n for n in names if n.startswith("prm")]
+        out[domain]["paired"] = []
+        for name in best[:1]:
+            for other in ("maj", "pass"):
+                n = ns[-1] if other == "maj" else 1
+                d, se, z = paired(values[name][ns[-1]], values[other][n])
+                print(f"{name.replace(' by', f'@{ns[-1]} by')} - {'single' if n == 1 else f'{other}@{n}'}: "
+                      f"{d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")
+                out[domain]["paired"].append({"a": name, "b": other, "N": n, "difference": d, "se": se, "z": z})
+    return out
+
+
+def cost_table(costs, sizes):
+    """Policy and PRM tokens, seconds and FLOPs (2 N a token of a forward) of each strategy, a problem."""
+    print(f"\n{'a problem':<22}{'generated':>12}{'prefilled':>12}{'PRM tokens':>12}{'seconds':>10}{'FLOPs':>12}")
+    for name, c in costs.items():
+        c["flops"] = 2 * (sizes[0] * (c["policy_generated"] + c["policy_prefilled"]) + sizes[1] * c["prm_tokens"])
+        print(f"{name:<22}{c['policy_generated']:>12.0f}{c['policy_prefilled']:>12.0f}{c['prm_tokens']:>12.0f}"
+              f"{c['seconds']:>10.3f}{c['flops']:>12.3g}")
+    return costs
+
+
+def read_samples(file):
+    """Sample rows of anybody's, checked for what the metrics need. "correct" and "answer" may be left to the judge."""
+    rows = []
+    for number, row in read_rows(file):
+        for key, kind in (("id", (str, int)), ("question", str), ("samples", list)):
+            if not isinstance(row.get(key), kind):
+                raise ValueError(f"{file}:{number}: no {key}")
+        row["domain"] = row.get("domain") or ("code" if row.get("tests") else "math")
+        for s in row["samples"]:
+            if not isinstance(s.get("steps"), list) or not s["steps"]:
+                raise ValueError(f"{file}:{number}: a sample without steps")
+            if s.get("scores") is not None and len(s["scores"]) != len(s["steps"]):
+                raise ValueError(f"{file}:{number}: {len(s['scores'])} scores for {len(s['steps'])} steps")
+        if not row["samples"]:
+            raise ValueError(f"{file}:{number}: no samples")
+        rows.append(row)
+    if not rows:
+        raise ValueError(f"{file}: no rows")
+    unjudged = [(r, s) for r in rows for s in r["samples"] if "correct" not in s or "answer" not in s]
+    flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"], r.get("answer"), r.get("tests")),
+             "\n\n".join(s["steps"])) for r, s in unjudged]
+    for (_, s), verdict, key in zip(unjudged, tasks.judge_many(flat), tasks.vote_keys(flat)):
+        s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
+    return rows
+
+
+def parse(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    a = parser.add_argument
+    a("--exhibit", choices=EXHIBITS)
+    a("--samples", help="sample rows to evaluate instead of sampling")
+    a("--score", action="store_true", help="score --samples that have no scores with --prm")
+    a("--first-error", metavar="SET", help="processbench, or stepwise rows: erroneous step identification")
+    a("--format", choices=["auto", "stepwise", "prm800k", "math-shepherd"], default="auto", help="of --first-error")
+    a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"])
+    a("--subset", choices=["average", "first"], default="average", help="which N of the samples")
+    a("--prms", nargs="+", default=[], help="exhibits: LABEL=FOLDER of several PRMs")
+    a("--policies", nargs="+", default=[f"{x}={TINY / x}" for x in "ABC"], help="table1: LABEL=FOLDER of the LLMs")
+    a("--widths", nargs="+", default=["1x4", "2x4", "4x4", "4x8"], help="fig4, fig5: beams KxM")
+    a("--seeds", type=int, nargs="+", default=[0], help="sets of problems of the tiny world")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"])
+    a("--data", help="local file instead of the hub")
+    a("--split", help="of the task; for livecodebench FROM:TO")
+    search.add_search_flags(parser)
+    add_policy_flags(parser, str(TINY / "A"))
+    add_run_flags(parser, limit=100)
+    parser.set_defaults(out="runs/evaluate")
+    args = parser.parse_args(argv)
+    args.resume = args.resume or not args.overwrite  # --out is a folder that grows
+    check_run_flags(parser, args, "n", "k", "m", "simulations", "concurrent")
+    args.tokens = args.seconds = math.inf
+    try:
+        args.widths = [(int(k), int(m)) for k, m in (w.split("x") for w in args.widths)]
+    except ValueError:
+        parser.error("--widths: KxM, as in 4x4")
+    if args.exhibit in ("fig1", "fig2", "fig3", "table1") and not args.prms:
+        parser.error(f"--exhibit {args.exhibit} needs --prms LABEL=FOLDER ... (recipes/tiny.sh trains them)")
+    return parser, args
+
+
+def main(argv=None):
+    parser, args = parse(argv)
+    result = {"settings": {k: str(v) for k, v in vars(args).items()}}
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        bench = Bench(args)
+        names = [*dict.fromkeys(f"prm by {how}" for how in (args.aggregate, *AGGREGATIONS)),
+                 f"wmaj by {args.aggregate}", "maj", "pass"]
+        if args.first_error:
+            result["first_error"] = first_error(args, bench.prm(args.prm[0]))
+            if bench.rank == 0:
+                print("\n".join(f"{k:<16}{v:.3f}" if isinstance(v, float) else f"{k:<16}{v}"
+                                for k, v in result["first_error"].items()))
+        elif args.exhibit:
+            points, *labels = EXHIBITS[args.exhibit](bench, args)
+            result["points"] = points
+            if bench.rank == 0:
+                draw(args.exhibit, points, *labels, out)
+        else:
+            if args.samples:
+                rows = read_samples(args.samples)
+                if any(s.get("scores") is None for r in rows for s in r["samples"]):
+                    if args.score:
+                        rows = bench.scored(rows, args.samples, args.prm[0])
+                    else:
+                        names = ["maj", "pass"]
+            else:
+                rows = bench.run("best_of_n", args.policy, args.prm[0], n=args.n)
+            ns = powers(min(len(r["samples"]) for r in rows))
+            if bench.rank == 0:
+                result["metrics"] = report(rows, names, ns, args.subset)
+            if not args.samples:
+                costs = {"best_of_n": rows}
+                for strategy in args.strategies:
+                    if strategy in ("beam", "mcts"):
+                        costs[strategy] = bench.run(strategy, args.policy, args.prm[0])
+                        for domain, some in by_domain(costs[strategy]).items() if bench.rank == 0 else ():
+                            right = [anytime(r) for r in some]
+                            same = [at_budget(r, b["cost"]["policy_generated"], args.aggregate)
+                                    for r, b in zip(by_domain(rows)[domain], some)]
+                            (v, low, high), (d, se, z) = interval(right), paired(right, same)
+                            print(f"\n{domain}, {strategy}: {v:.3f} [{low:.2f}, {high:.2f}]; above best-of-N at the "
+                                  f"same tokens: {d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")
+                            result.setdefault(strategy, {})[domain] = {"value": v, "low": low, "high": high,
+                                                                       "above_best_of_n": d, "se": se, "z": z}
+                if bench.rank == 0:
+                    mean = {k: {c: statistics.fmean(r["cost"][c] for r in v) for c in v[0]["cost"]}
+                            for k, v in costs.items()}
+                    sizes = [sum(p.numel() for p in m.parameters()) for m in
+                             (bench.policy(args.policy).lm, bench.prm(args.prm[0]))]
+                    result["cost"] = cost_table(mean, sizes)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if args.json and bench.rank == 0:
+        Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
