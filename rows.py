@@ -14,6 +14,8 @@ import json
 import os
 import random
 import re
+import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -49,6 +51,14 @@ def distributed(device=None):
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def gather(value):
+    """[value of rank 0, value of rank 1, ...], on every rank."""
+    found = [value]
+    if dist.is_initialized():
+        dist.all_gather_object(found := [None] * dist.get_world_size(), value)
+    return found
 
 
 class Journal:
@@ -128,6 +138,19 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if args.out and Path(args.out).exists() and not (args.resume or args.overwrite):
         parser.error(f"{args.out} exists: pass --resume to go on with it, or --overwrite")
+
+
+def take_out(out, resume, overwrite, needed):
+    """What keeps --out from being written, or None: asked before anything is trained."""
+    if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:
+        return f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+        free = shutil.disk_usage(out).free
+    except OSError as error:
+        return f"--out {out} cannot be written: {error.strerror}"
+    return None if free > needed else f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 # ---------------------------------------------------------------- stepwise rows, and the two original schemas

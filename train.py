@@ -25,7 +25,6 @@ import random
 import resource
 import shutil
 import signal
-import tempfile
 import time
 import warnings
 from collections import Counter, namedtuple
@@ -45,7 +44,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from prm_model import load_prm
-from rows import FORMATS, distributed, load_data, read_rows, split
+from rows import FORMATS, distributed, gather, load_data, read_rows, split, take_out
 
 TINY = Path(__file__).parent / "tiny"
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16 FLOP/s
@@ -108,12 +107,12 @@ def plan(lengths, group, batch_size, batch_tokens, seed=0, epoch=0):
 
 
 def get_batch(data, rows, device):
-    """Row numbers -> ids (B, T), and for each labelled step its row (M), position (M) and label (M)."""
+    """Row numbers -> ids (B, T), and of each labelled step its row (M), position (M), label (M) and place (M)."""
     chosen = [data[i] for i in rows] or [EMPTY]  # a rank that has nothing left in an epoch's last step
     ids_BT = pad_sequence([r.ids for r in chosen], batch_first=True)
     rows_M = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(r.labels) for r in chosen]))
-    positions_M, labels_M = torch.cat([r.positions for r in chosen]), torch.cat([r.labels for r in chosen])
-    return tuple(x.to(device, non_blocking=True) for x in (ids_BT, rows_M, positions_M, labels_M))
+    at_M = (torch.cat([getattr(r, k) for r in chosen]) for k in ("positions", "labels", "steps"))
+    return tuple(x.to(device, non_blocking=True) for x in (ids_BT, rows_M, *at_M))
 
 
 # ---------------------------------------------------------------- loss and validation
@@ -156,24 +155,15 @@ def metrics(logits_M, labels_M, steps_M):
             "steps": len(p), "right": float(right.double().mean())}
 
 
-def gather(value):
-    """[value of rank 0, value of rank 1, ...], on every rank."""
-    found = [value]
-    if dist.is_initialized():
-        dist.all_gather_object(found := [None] * dist.get_world_size(), value)
-    return found
-
-
 @torch.no_grad()
 def evaluate(model, data, batches, device, autocast):
-    """metrics() over the batches of all ranks: the (logit, label, step) triples are gathered, no histograms."""
+    """metrics() over the batches of all ranks: each step's logit, label and place are gathered, no histograms."""
     model.eval()
     found = []
     for rows in batches:
+        *inputs, labels_M, steps_M = get_batch(data, rows, device)
         with autocast():
-            logits_M = model(*get_batch(data, rows, device)[:3]).cpu()
-        if rows:  # an empty one only keeps --fsdp's ranks in step
-            found.append((logits_M, *(torch.cat(x) for x in zip(*((data[i].labels, data[i].steps) for i in rows)))))
+            found.append(tuple(x.cpu() for x in (model(*inputs), labels_M, steps_M)))
     model.train()
     return metrics(*(torch.cat(x) for x in zip(*itertools.chain(*gather(found)))))
 
@@ -193,14 +183,11 @@ def plot(out):
     import matplotlib.pyplot as plt
     log = [row for _, row in read_rows(Path(out) / "log.jsonl")]
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, kind, key in [(0, "train", "loss"), (0, "eval", "loss"), (1, "eval", "auc"), (1, "eval", "auc_within"),
-                            (1, "eval", "accuracy"), (1, "eval", "f1_wrong")]:
-        rows = [r for r in log if r["kind"] == kind]
-        axes[axis].plot([r["step"] for r in rows], [r[key] for r in rows], label=f"{kind} {key}", lw=0.8,
-                        marker="." if kind == "eval" else None)
-    for axis in axes:
-        axis.set_xscale("symlog")
-        axis.set_xlabel("optimizer step")
+    for axis, kind, keys in zip(axes[[0, 0, 1]], ("train", "eval", "eval"),
+                                (["loss"], ["loss"], ["auc", "auc_within", "accuracy", "f1_wrong"])):
+        rows = [row for row in log if row["kind"] == kind]
+        axis.plot([r["step"] for r in rows], [[r[k] for k in keys] for r in rows], label=[f"{kind} {k}" for k in keys])
+        axis.set(xscale="symlog", xlabel="optimizer step")
         axis.legend()
     figure.tight_layout()
     figure.savefig(Path(out) / "curves.png", dpi=150)
@@ -208,19 +195,6 @@ def plot(out):
 
 
 # ---------------------------------------------------------------- files
-
-def take_out(out, resume, overwrite, needed):
-    """What keeps --out from being written, or None: asked before anything is trained."""
-    if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:
-        return f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        free = shutil.disk_usage(out).free
-    except OSError as error:
-        return f"--out {out} cannot be written: {error.strerror}"
-    return None if free > needed else f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-
 
 def save_best(out, prm, model, master):
     """The PRM as it is now becomes OUT. Killed between two files, --resume comes by here again and moves them all."""
@@ -284,7 +258,6 @@ def main(argv=None):
     a("--val-samples", type=int, default=1000, help="held-out rows to evaluate on at most (default 1000)")
     a = parser.add_argument_group("model").add_argument
     a("--model", default=str(TINY / "l"), help="backbone, or a PRM to go on from: folder or hub id")
-    a("--separator", help="what ends a step (default: what the model's folder says, else an empty line)")
     a("--dropout", type=float, default=0.1, help="in the head (default 0.1)")
     a("--freeze-backbone", action="store_true", help="train the head only")
     a = parser.add_argument_group("optimization").add_argument
@@ -310,7 +283,6 @@ def main(argv=None):
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
     a("--checkpointing", action="store_true", help="recompute activations layer by layer: less memory, a third slower")
     a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
-    a("--pretraining-tokens", type=float, help="of the backbone, for its FLOPs (default 18e12 for Qwen2.5)")
     a("--plot", action="store_true", help="draw OUT/curves.png in the end")
     args = parser.parse_args(argv)
     for name in "batch_size batch_tokens accumulate epochs max_steps eval_every samples val_samples max_length".split():
@@ -359,9 +331,8 @@ def train(args, stop):
     val_found = val_found[:args.val_samples]
 
     # -------- model: with --fsdp only rank 0 reads the weights
-    prm = load_prm(args.model, ("meta" if rank else "cpu") if args.fsdp else device, torch.float32, seed=args.seed,
-                   fresh=True, dropout=args.dropout, **({"separator": args.separator} if args.separator else {}))
-    prm.train()
+    prm = load_prm(args.model, ("meta" if rank else "cpu") if args.fsdp else device, seed=args.seed, fresh=True,
+                   dropout=args.dropout).train()
     config = prm.backbone.config
     if args.freeze_backbone:
         prm.backbone.requires_grad_(False)
@@ -373,8 +344,7 @@ def train(args, stop):
     N = sum(p.numel() for p in prm.parameters()) - prm.backbone.get_input_embeddings().weight.numel()
     total, trained = (sum(p.numel() for p in prm.parameters() if p.requires_grad or not t) for t in (False, True))
     # on disk: fp32 weights of PRM and checkpoint, two moments, and each twice while it is replaced
-    problem = gather(take_out(out, args.resume, args.overwrite, 2 * (8 * total + 8 * trained)) if master else None)[0]
-    if problem:
+    if problem := gather(take_out(out, args.resume, args.overwrite, 16 * (total + trained)) if master else None)[0]:
         raise ValueError(problem)
 
     longest = min(args.max_length, args.batch_tokens, config.max_position_embeddings)
@@ -429,12 +399,12 @@ def train(args, stop):
         for old in set(out.glob("checkpoint*")) - {checkpoint}:
             shutil.rmtree(old)
     if not checkpoint:
-        labels, pretraining = torch.cat([r.labels for r in data]), 18e12 if "Qwen2.5" in args.model else None
+        labels = torch.cat([r.labels for r in data])
         log("start", 0, rows=len(data), val_rows=len(val), dropped=len(found) + len(val_found) - len(data) - len(val),
             labels=len(labels), right=float((labels >= 0.5).float().mean()), tokens=sum(lengths),
             length_quantiles=torch.tensor(lengths).float().quantile(torch.tensor([0.1, 0.5, 0.9, 1.0])).tolist(),
             parameters=total, N=N, trained=trained, world=world, optimizer_steps=len(plans), lr=lr, settings=settings,
-            pretraining_flops=6 * N * (args.pretraining_tokens or pretraining or 0))
+            pretraining_flops=6 * N * 18e12 if "Qwen2.5" in args.model else None)  # of 18T tokens
         log("eval", 0, **evaluate(prm, val, val_plan, device, autocast))
     if master:
         print(f"first row ({data[0].where}), tokens and the labels they carry:")
@@ -449,7 +419,7 @@ def train(args, stop):
         M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks: each of them knows the plan
         loss_sum, bad = torch.zeros((), device=device), []
         for j in range(rank, len(micros), world):
-            ids_BT, rows_M, positions_M, labels_M = get_batch(data, micros[j], device)
+            ids_BT, rows_M, positions_M, labels_M, _ = get_batch(data, micros[j], device)
             torch.manual_seed((args.seed * len(plans) + step) * group + j)  # dropout: a function of the micro-batch
             last = j + world >= len(micros)  # gradients are exchanged once, with the last micro-batch
             if args.fsdp:

@@ -3,7 +3,9 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -260,7 +262,7 @@ def fails(capsys, message, argv):
     (["--val-fraction", "0"], "validation would be empty"), (["--val-fraction", "1"], "training would be empty"),
     (["--max-length", "5"], "no row has a label within 5 tokens"),
     (["--batch-size", "0"], "--batch-size must be at least 1"), (["--model", "nowhere"], "nowhere: no such folder"),
-    (["--fsdp"], "--fsdp needs torchrun"), (["--separator", "§§"], "separator"),
+    (["--fsdp"], "--fsdp needs torchrun"),
 ])
 def test_bad_flags(home, tmp_path, capsys, more, message):
     fails(capsys, message, [*flags(home, tmp_path / "out"), *more])
@@ -273,7 +275,7 @@ def test_out_is_taken_or_full(home, tmp_path, capsys, monkeypatch):
     (tmp_path / "empty.jsonl").write_text("\n")
     fails(capsys, "no rows", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/empty.jsonl"])
     usage = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(train.shutil, "disk_usage", lambda _: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     fails(capsys, "GB are free", flags(home, tmp_path / "out"))
 
 
@@ -345,6 +347,22 @@ def test_resumed_is_uninterrupted(home, whole, tmp_path, monkeypatch, how, last)
     assert result["best_step"] == whole[1]["best_step"]
     a, b = load_prm(out).state_dict(), load_prm(whole[0]).state_dict()
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_kill_9_and_resume(home, whole, tmp_path):
+    """A real SIGKILL, while the log shows a random step: whatever half a file that leaves, --resume goes on from it."""
+    argv, at = flags(home, tmp_path / "out"), random.randint(1, 5)
+    run = subprocess.Popen([sys.executable, train.__file__, *argv], stdout=subprocess.PIPE, text=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in run.stdout:
+        if line.startswith(f"train {at}:"):
+            run.kill()
+            break
+    run.stdout.close()
+    assert run.wait() == -signal.SIGKILL
+    assert not read_log(tmp_path / "out", "end")
+    train.main([*argv, "--resume"])
+    assert losses(tmp_path / "out") == losses(whole[0]), at
 
 
 def test_resume_with_other_settings_is_refused(home, tmp_path, capsys, monkeypatch):
@@ -432,17 +450,20 @@ def two_ranks(rank, port, home, runs, queue):
 
 def test_two_ranks(home, whole, tmp_path):
     """All that needs two processes, in one pair of them: torch takes seconds to start."""
-    one, ddp, fsdp, cut, early = (tmp_path / n for n in ("one", "ddp", "fsdp", "cut", "early"))
+    one, ddp, ddp_cut, fsdp, fsdp_cut, early = (
+        tmp_path / n for n in ("one", "ddp", "ddp_cut", "fsdp", "fsdp_cut", "early"))
     train.main(flags(home, one, "--accumulate", 2))  # dropout on: its masks belong to micro-batches, not to ranks
     stop = ("--lr", 10, "--patience", 1, "--eval-every", 1, "--clip", 1e9)
-    runs = [(flags(home, ddp), 0), (flags(home, fsdp, "--fsdp"), 0), (flags(home, cut, "--fsdp"), 5),
-            (flags(home, cut, "--fsdp", "--resume"), 0), (flags(home, early, *stop), 0)]
+    runs = [(flags(home, ddp), 0), (flags(home, ddp_cut), 3), (flags(home, ddp_cut, "--resume"), 0),
+            (flags(home, fsdp, "--fsdp"), 0), (flags(home, fsdp_cut, "--fsdp"), 5),
+            (flags(home, fsdp_cut, "--fsdp", "--resume"), 0), (flags(home, early, *stop), 0)]
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(two_ranks, (29500 + os.getpid() % 2000, home, runs, queue), nprocs=2)
     done = [queue.get() for _ in range(2 * len(runs))]
     assert close(ddp, one)      # gradients (their norms), losses, validation
     assert close(fsdp, ddp)
-    assert close(cut, fsdp, 1e-9)  # stopped in one rank's step 5, resumed on both
+    assert losses(ddp_cut) == losses(ddp)  # stopped in one rank's step, resumed on both
+    assert close(fsdp_cut, fsdp, 1e-9)
     stopped = [(flag, steps) for _, out, flag, steps in done if out == str(early)]
     assert len(stopped) == 2
     assert stopped[0] == stopped[1]  # both ranks, after the same step
