@@ -213,9 +213,9 @@ def fleiss_kappa(table):
 def annotate(jobs, voters, judge, args):
     """jobs: [(problem, [(id, steps, end, source, own first error)])] -> one record a solution (see the top)."""
     records, todo = [], []
+    judged = iter(tasks.judge_many([(p, args.join.join(steps)) for p, solutions in jobs for _, steps, *_ in solutions]))
     for problem, solutions in jobs:
-        texts = [(problem, args.join.join(steps)) for _, steps, *_ in solutions]
-        verdicts, seen = tasks.judge_many(texts), set()
+        verdicts, seen = [next(judged) for _ in solutions], set()
         solved = {v.ok for v in verdicts}
         for (name, steps, end, source, own), verdict in zip(solutions, verdicts):
             known = problem.answer is not None or problem.tests
@@ -343,7 +343,7 @@ def parse(argv):
     a("--longest", type=int, default=64, help="steps of the longest solution kept (64)")
     a("--keep-unanimous", action="store_true", help="keep problems whose samples are all right or all wrong")
     a("--balance", action="store_true", help="as many solutions with as without an error")
-    a("--concurrent", type=int, default=100, help="problems annotated together (100)")
+    a("--concurrent", type=int, default=200, help="problems annotated together (200)")
     add_policy_flags(parser)
     add_run_flags(parser, limit=50)
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ import json
 import math
 import random
 import statistics
-from functools import partial
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -193,8 +193,12 @@ class Bench:
     def __init__(self, args):
         self.args, self.out, self.models = args, Path(args.out), {}
         self.rank, self.world, self.device = distributed(args.device)
-        self.problems = [p for task in args.task for seed in (args.seeds if task.startswith("tiny") else [0])
-                         for p in tasks.load(task, args.data, args.split, args.limit, seed)]
+
+    @cached_property
+    def problems(self):
+        a = self.args
+        return [p for task in a.task for seed in (a.seeds if task.startswith("tiny") else [0])
+                for p in tasks.load(task, a.data, a.split, a.limit, seed)]
 
     def policy(self, path):
         if path not in self.models:
