@@ -49,3 +49,22 @@ def test_habits_are_systematic():
     firsts = [world.write(p, "A", rng)[0] for _ in range(2000)]
     assert abs(firsts.count("January: 15+8=13") / 2000 - 0.6) < 0.04
     assert firsts.count("January: 15+8=23") / 2000 > 0.3
+
+
+def test_no_mistake_is_harmless():
+    """One wrong bound, order, sign or end anywhere, and the real judge says no; without `strict` it often does not."""
+    found = {}
+    for strict in (True, False):
+        raw = list(world.problems("code", "test", 25, strict=strict))
+        items = []
+        for p in raw:
+            for k, (kind, n) in enumerate(p["meta"]["ops"]):
+                steps = world.write(p, "careful", random.Random(0))
+                lines = [world._code_line(i, *op) for i, op in enumerate(p["meta"]["ops"])] + [steps[-1]]
+                for swap in world.SWAPS.values():
+                    if kind in swap:
+                        wrong = [*lines[:k], world._code_line(k, swap[kind], n), *lines[k + 1:]]
+                        items.append((tasks.Problem(p["id"], p["question"], "code", None, p["tests"]), "\n".join(wrong)))
+        found[strict] = sum(v.ok for v in tasks.judge_many(items))
+        assert len(items) > 50
+    assert found[True] == 0 and found[False] > 3

@@ -75,20 +75,25 @@ AUTHORS = {
 
 # ---------------------------------------------------------------- problems
 
-def problems(domain, split="test", n=None, seed=0, steps=None):
+def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
     """Yield n problems (without n: no end). steps: (fewest, most) operations.
 
     Problem i depends on (domain, split, seed, steps, i) alone. A hash of the operations decides the split, so no two
-    splits can share a problem whatever their seeds.
+    splits can share a problem whatever their seeds. strict: only functions each of whose steps matters, so that the
+    tests notice every mistake; without it one wrong step in five is harmless, as when a list is sorted, then summed.
     """
     i = 0
     while n is None or i < n:
         rng = random.Random(f"{domain} {split} {seed} {steps} {i}")
+        fewest, most = steps or STEPS[split][domain]
         while True:
-            p = _draw(domain, rng, *(steps or STEPS[split][domain]))
-            digest = hashlib.blake2b(repr(p["meta"]).encode(), digest_size=2).digest()
+            p = _draw(domain, rng, fewest, most)
+            meta = p["meta"]
+            digest = hashlib.blake2b(repr(meta).encode(), digest_size=2).digest()
             if (digest[0] < 26) == (split == "test"):  # one problem in ten belongs to the test split
-                break
+                if not (strict and domain == "code" and harmless(meta["ops"], meta["end"], p["tests"]["inputs"])):
+                    break
+                fewest = most = len(meta["ops"])  # another one as long: long ones are rejected more often
         p["meta"]["prompt"] = p["meta"].get("starter")  # the name tasks.py knows; not hashed, splits would change
         yield {"id": f"tiny-{domain}-{split}-{seed}-{i}", **p}
         i += 1
@@ -143,6 +148,18 @@ def run_ops(xs, ops, end):
     for kind, n in ops:
         xs = LISTS[kind](xs, n)
     return {"sum": sum, "len": len, "all": list}[end](xs)
+
+
+def harmless(ops, end, inputs):
+    """Could a step be left out, swapped, or take a number that is off by one, and no test would notice?"""
+    outputs = [run_ops(xs, ops, end) for (xs,) in inputs]
+    for k, (kind, n) in enumerate(ops):
+        wrong = [[]] + [[(swap[kind], n)] for swap in SWAPS.values() if kind in swap]
+        wrong += [[(kind, n + d)] for d in (-1, 1) if "{n}" in CODE[kind][1] and n + d]
+        if any(all(run_ops(xs, ops[:k] + other + ops[k + 1:], end) == out for (xs,), out in zip(inputs, outputs))
+               for other in wrong):
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- authors

@@ -1,0 +1,163 @@
+"""How noisy are automatic labels? In the tiny world the truth of every step is known, so that it can be said.
+
+    python annotate.py --limit 400 --samples 4 --keep-unanimous --out runs/tiny/rows.jsonl
+    python tiny/noise.py --votes runs/tiny/rows.jsonl.votes                 # label noise: each LLM, and the consensus
+    python tiny/noise.py --votes runs/tiny/rows.jsonl.votes --searches      # and what each search costs, and errs
+
+label noise   share of step labels that are wrong, where a step's label is "before the first wrong step"
+position      share of solutions in which the first wrong step is another one than the true one (or none)
+kept          share of the solutions voted on that the consensus keeps; its noise is that of what it keeps
+
+± is half a 95 % bootstrap interval over problems. --searches runs the linear scan without early stopping, the binary
+search without, and the binary search with it, by one LLM (--policy) on the same solutions.
+"""
+import argparse
+import json
+import statistics
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import annotate  # noqa: E402
+import tasks  # noqa: E402
+from evaluate import interval  # noqa: E402
+from policy import load_policy  # noqa: E402
+from rows import read_rows  # noqa: E402
+from tiny import world  # noqa: E402
+
+
+def problem_of(solution_id):
+    """"tiny-math-train-0-17-3" -> the world's problem 17 of that split and seed (without sample 3)."""
+    return solution_id.rpartition("-")[0]
+
+
+def world_problems(records):
+    """{id: problem} of all problems that the records are solutions of, made again from their ids."""
+    largest = Counter()
+    for r in records:
+        _, domain, split, seed, i = problem_of(r["id"]).split("-")
+        largest[domain, split, seed] = max(largest[domain, split, seed], int(i) + 1)
+    return {p["id"]: p for (domain, split, seed), n in largest.items()
+            for p in world.problems(domain, split, n, seed=int(seed))}
+
+
+def ratio(parts):
+    """[(wrong, total)] of each problem -> share."""
+    return sum(w for w, _ in parts) / max(1, sum(t for _, t in parts))
+
+
+def noise(opinions):
+    """opinions: [(problem, first wrong step said, true labels)] -> {problem: [(wrong labels, labels, wrong place)]}"""
+    found = defaultdict(list)
+    for problem, said, true in opinions:
+        labels = [said < 0 or t < said for t in range(len(true))]
+        place = true.index(False) if False in true else -1
+        found[problem].append((sum(a != b for a, b in zip(labels, true)), len(true), said != place))
+    return found
+
+
+def line(name, found, more=""):
+    by_problem = list(found.values())
+    label, low, high = interval([(sum(w for w, _, _ in x), sum(n for _, n, _ in x)) for x in by_problem], ratio)
+    place, p_low, p_high = interval([(sum(p for _, _, p in x), len(x)) for x in by_problem], ratio)
+    print(f"   {name:<34}{label:>8.4f} ± {(high - low) / 2:.4f}   {place:>8.4f} ± {(p_high - p_low) / 2:.4f}   "
+          f"{sum(map(len, by_problem)):>6}{more}")
+    return {"label noise": label, "low": low, "high": high, "position": place, "position low": p_low,
+            "position high": p_high, "solutions": sum(map(len, by_problem))}
+
+
+def reduction(singles, consensus):
+    """1 - consensus noise / noise of the average, and of the best, single LLM, with intervals over problems."""
+    problems = sorted(set(consensus).union(*singles))
+    none = []
+
+    def against(choose):
+        def statistic(chosen):
+            def share(found):
+                return ratio([(w, n) for p in chosen for w, n, _ in found.get(p, none)])
+            base = choose([share(found) for found in singles])
+            return 1 - share(consensus) / base if base else 0.0
+        return interval(problems, statistic, rounds=300)
+    return {"average": against(statistics.fmean), "best": against(min)}
+
+
+def measure(domain, records, problems, how):
+    """Noise of each voter and of the consensus over the solutions of one domain that were voted on."""
+    voted = [(r, world.grade(problems[problem_of(r["id"])], r["completions"])) for r in records if r["votes"]]
+    names = list(voted[0][0]["votes"])
+    print(f"\n{domain}: {len(voted)} solutions of {len({problem_of(r['id']) for r, _ in voted})} problems\n"
+          f"   {'':<34}{'label noise':>17}   {'wrong position':>17}   solutions")
+    singles = [noise((problem_of(r["id"]), r["votes"][n], true) for r, true in voted if r["votes"][n] is not None)
+               for n in names]
+    out = {n: line(f"LLM {n} alone", found) for n, found in zip(names, singles)}
+    kept = [(r, annotate.consensus([r["votes"][n] for n in names], how), true) for r, true in voted]
+    kept = [(problem_of(r["id"]), place, true) for r, place, true in kept if place is not None]
+    agreed = noise(kept)
+    out["consensus"] = line(f"consensus ({how})", agreed, f"   kept {len(kept) / len(voted):.3f}")
+    for against, (value, low, high) in reduction(singles, agreed).items():
+        print(f"   consensus cuts the label noise of the {against} LLM by {value:.1%} ({low:.1%} to {high:.1%})")
+        out[f"cut against the {against}"] = {"value": value, "low": low, "high": high}
+    healed = statistics.fmean(any(a < b for a, b in zip(true, true[1:])) for _, true in voted)
+    lucky = statistics.fmean(r["correct"] and False in true for r, true in voted)
+    print(f"   wrong does not stay wrong in {healed:.2%} of the solutions; {lucky:.2%} end right after a wrong step")
+    out |= {"healed": healed, "lucky": lucky, "kept": len(kept) / len(voted)}
+    return out
+
+
+def searches(domain, records, problems, policy, k, chunk=400):
+    """What linear scan, binary search and early stopping cost and err, by one LLM on the same solutions."""
+    print(f"   {'':<34}{'label noise':>17}   {'wrong position':>17}   solutions   rollouts a solution")
+    out, base = {}, None
+    for name, options in {"linear scan": {"search": "linear", "stop": "none"}, "binary search": {"stop": "none"},
+                          "binary search, early stopping": {}, "... neighbours verified": {"verify_neighbours": True}
+                          }.items():
+        opinions, rollouts = [], []
+        voted = [r for r in records if r["votes"]]
+        for a in range(0, len(voted), chunk):
+            some = voted[a:a + chunk]
+            jobs = [(tasks.Problem(problem_of(r["id"]), r["prompt"], domain, p.get("answer"), p.get("tests")),
+                     r["completions"], r["correct"]) for r in some for p in [problems[problem_of(r["id"])]]]
+            for r, found in zip(some, annotate.vote(policy, jobs, k=k, **options)):
+                rollouts.append(found["rollouts"])
+                if found["first_error"] is not None:
+                    opinions.append((problem_of(r["id"]), found["first_error"], world.grade(
+                        problems[problem_of(r["id"])], r["completions"])))
+        mean, low, high = interval(rollouts)
+        base = base or mean
+        out[name] = line(name, noise(opinions), f"   {mean:.2f} ± {(high - low) / 2:.2f} ({mean / base:.0%})")
+        out[name] |= {"rollouts": mean, "rollouts low": low, "rollouts high": high, "of linear": mean / base}
+    return out
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--votes", required=True, help="OUT.votes of annotate.py on the tiny world's problems")
+    parser.add_argument("--consensus", default="all", help="all, majority, or a number of voters")
+    parser.add_argument("--searches", action="store_true", help="measure the searches, too")
+    parser.add_argument("--policy", default=str(ROOT / "tiny" / "A"), help="the LLM of --searches")
+    parser.add_argument("--k", type=int, default=8, help="rollouts a prefix")
+    parser.add_argument("--limit", type=int, help="solutions of each domain for --searches")
+    parser.add_argument("--seed", type=int, default=0, help="of the rollouts of --searches")
+    parser.add_argument("--json", help="write the figures here")
+    args = parser.parse_args(argv)
+    try:
+        records = [r for _, r in read_rows(args.votes)]
+        problems = world_problems(records)
+    except (ValueError, OSError, KeyError) as error:
+        parser.error(f"{args.votes}: not votes on the tiny world's problems ({error})")
+    policy, out = load_policy(args.policy, seed=args.seed) if args.searches else None, {}
+    for domain in ("math", "code"):
+        mine = [r for r in records if r["domain"] == domain]
+        if mine:
+            out[domain] = measure(domain, mine, problems, args.consensus)
+            if args.searches:
+                some = [r for r in mine if r["votes"]][:args.limit]
+                out[domain]["searches"] = searches(domain, some, problems, policy, args.k)
+    if args.json:
+        Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
