@@ -64,7 +64,8 @@ def test_no_mistake_is_harmless():
                 for swap in world.SWAPS.values():
                     if kind in swap:
                         wrong = [*lines[:k], world._code_line(k, swap[kind], n), *lines[k + 1:]]
-                        items.append((tasks.Problem(p["id"], p["question"], "code", None, p["tests"]), "\n".join(wrong)))
+                        problem = tasks.Problem(p["id"], p["question"], "code", None, p["tests"], p["meta"])
+                        items.append((problem, "\n".join(wrong)))
         found[strict] = sum(v.ok for v in tasks.judge_many(items))
         assert len(items) > 50
     assert found[True] == 0 and found[False] > 3
