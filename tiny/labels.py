@@ -1,8 +1,9 @@
 """How noisy are automatic labels? In the tiny world the truth of every step is known, so that it can be said.
 
     python annotate.py --limit 400 --samples 4 --keep-unanimous --out runs/tiny/rows.jsonl
-    python tiny/noise.py --votes runs/tiny/rows.jsonl.votes                 # label noise: each LLM, and the consensus
-    python tiny/noise.py --votes runs/tiny/rows.jsonl.votes --searches      # and what each search costs, and errs
+    python tiny/labels.py --votes runs/tiny/rows.jsonl.votes                # label noise: each LLM, and the consensus
+    python tiny/labels.py --votes runs/tiny/rows.jsonl.votes --searches     # and what each search costs, and errs
+    python tiny/labels.py --votes runs/tiny/rows.jsonl.votes --write DIR    # rows for train.py: label sets to compare
 
 label noise   share of step labels that are wrong, where a step's label is "before the first wrong step"
 position      share of solutions in which the first wrong step is another one than the true one (or none)
@@ -10,9 +11,13 @@ kept          share of the solutions voted on that the consensus keeps; its nois
 
 ± is half a 95 % bootstrap interval over problems. --searches runs the linear scan without early stopping, the binary
 search without, and the binary search with it, by one LLM (--policy) on the same solutions.
+
+--write makes rows-X.jsonl with X the labels of one LLM, of the consensus, or the truth: all of one size, as Table 3 of
+the paper has it; and of the consensus rows-math.jsonl and rows-code.jsonl, of one size too.
 """
 import argparse
 import json
+import random
 import statistics
 import sys
 from collections import Counter, defaultdict
@@ -131,10 +136,35 @@ def searches(domain, records, problems, policy, k, chunk=400):
     return out
 
 
+def write(records, problems, how, folder, seed):
+    """Label sets of the same solutions' voters, drawn at random to the size of the smallest."""
+    sets = defaultdict(list)
+    for r in records:
+        if r["votes"]:
+            true = world.grade(problems[problem_of(r["id"])], r["completions"])
+            agreed = annotate.consensus(list(r["votes"].values()), how)
+            sets["truth"].append((r, true))
+            for name, said in [*r["votes"].items(), ("consensus", agreed), (r["domain"], agreed)]:
+                if said is not None:
+                    sets[name].append((r, [said < 0 or t < said for t in range(len(true))]))
+    folder.mkdir(parents=True, exist_ok=True)
+    domains = {"math", "code"} & set(sets)
+    for together in (set(sets) - domains, domains):
+        size = min((len(sets[name]) for name in together), default=0)
+        for name in sorted(together):
+            with open(folder / f"rows-{name}.jsonl", "w", encoding="utf-8") as file:
+                for r, labels in random.Random(f"{seed}").sample(sets[name], size):
+                    row = {"id": r["id"], "domain": r["domain"], "source": f"{r['source']}, labels: {name}",
+                           "prompt": r["prompt"], "completions": r["completions"], "labels": labels}
+                    file.write(json.dumps(row) + "\n")
+            print(f"rows-{name}.jsonl: {size} of {len(sets[name])} solutions")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--votes", required=True, help="OUT.votes of annotate.py on the tiny world's problems")
     parser.add_argument("--consensus", default="all", help="all, majority, or a number of voters")
+    parser.add_argument("--write", type=Path, metavar="DIR", help="write label sets there, too")
     parser.add_argument("--searches", action="store_true", help="measure the searches, too")
     parser.add_argument("--policy", default=str(ROOT / "tiny" / "A"), help="the LLM of --searches")
     parser.add_argument("--k", type=int, default=8, help="rollouts a prefix")
@@ -155,6 +185,8 @@ def main(argv=None):
             if args.searches:
                 some = [r for r in mine if r["votes"]][:args.limit]
                 out[domain]["searches"] = searches(domain, some, problems, policy, args.k)
+    if args.write:
+        write(records, problems, args.consensus, args.write, args.seed)
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
 

@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# The whole paper in miniature, on a laptop's CPU: annotate, train, search, evaluate, compare. From the shipped
+# language models to every figure and table, in runs/tiny (or $RUN). Stop it and start it again: what is done stays.
+#
+#   bash recipes/tiny.sh                  # about 90 minutes on two cores
+#   bash recipes/tiny.sh --fast           # fewer problems and samples, wider intervals: about 10 minutes
+#   bash recipes/tiny.sh --from-nothing   # makes the language models first: up to four hours more
+set -euo pipefail
+cd "$(dirname "$0")/.."
+RUN=${RUN:-runs/tiny} PYTHON=${PYTHON:-python} PROCESSES=${PROCESSES:-2}
+PROBLEMS=1000 LIMIT=200 SEEDS="0 1 2" N=16 SIMULATIONS=64 EPOCHS=3 WIDTHS="1x4 2x4 4x4 4x8" SIMILAR=60
+MODELS=tiny
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+for flag in "$@"; do
+  case $flag in
+    --fast) PROBLEMS=100 LIMIT=25 SEEDS="0" N=8 SIMULATIONS=16 EPOCHS=1 WIDTHS="1x4 4x4" SIMILAR=12 RUN=$RUN-fast ;;
+    --from-nothing) MODELS=$RUN/models ;;
+    *) echo "unknown flag $flag; there are --fast and --from-nothing" >&2; exit 2 ;;
+  esac
+done
+mkdir -p "$RUN"
+started=$SECONDS stage=0 stages=20
+
+# run NAME FILE command ...: skipped when FILE is there; says how long it took, and how long the rest may take.
+run() {
+  local name=$1 made=$2 begun=$SECONDS
+  shift 2
+  stage=$((stage + 1))
+  if [ -e "$made" ]; then echo "[$stage/$stages] $name: done already"; return; fi
+  echo "[$stage/$stages] $name: $*"
+  "$@" > "$RUN/$name.log" 2>&1 || { tail -n 20 "$RUN/$name.log" >&2; echo "stopped in $name; see $RUN/$name.log" >&2; exit 1; }
+  local spent=$((SECONDS - started))
+  echo "[$stage/$stages] $name took $((SECONDS - begun)) s; $((spent / 60)) min so far, about" \
+       "$((spent * (stages - stage) / stage / 60)) min left if the other stages are like these"
+}
+ranks() { $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" "$@"; }
+train() {  # train NAME ROWS BACKBONE [flags]
+  local name=$1 data=$2 backbone=$3
+  shift 3
+  run "train-$name" "$RUN/prm-$name/done" bash -c "'$PYTHON' train.py --data '$data' --model '$backbone' \
+    --out '$RUN/prm-$name' --epochs $EPOCHS --dtype float32 --resume $* && touch '$RUN/prm-$name/done'"
+}
+
+[ "$MODELS" = tiny ] || run make "$MODELS/l/config.json" $PYTHON tiny/make.py --out "$MODELS" --stages tokenizer A B C xs s m l
+A=$MODELS/A B=$MODELS/B C=$MODELS/C
+
+# §2.1: solutions of A, labelled by A, B and C; and the noise of those labels
+run annotate "$RUN/aslaf.jsonl" ranks annotate.py --policies "$A" "$B" "$C" --limit "$PROBLEMS" --samples 4 --keep-unanimous \
+  --out "$RUN/aslaf.jsonl" --resume --json "$RUN/annotate.json"
+# their noise, and the label sets of Figure 3, all of one size: one LLM's labels, the consensus, the truth as a bound
+run labels "$RUN/labels.json" $PYTHON tiny/labels.py --votes "$RUN/aslaf.jsonl.votes" --write "$RUN" --json "$RUN/labels.json"
+
+# §2.2: PRMs of four sizes, of three label sets, of one domain each
+for size in xs s m; do train $size "$RUN/rows-consensus.jsonl" "$MODELS/$size"; done
+train l "$RUN/rows-consensus.jsonl" "$MODELS/l" --snapshots
+for set in A B truth; do train "$set" "$RUN/rows-$set.jsonl" "$MODELS/m"; done
+for domain in math code; do train $domain "$RUN/rows-$domain.jsonl" "$MODELS/l"; done
+
+# §4: the figures and tables
+evaluate() {  # evaluate EXHIBIT flags
+  local exhibit=$1
+  shift
+  run "$exhibit" "$RUN/$exhibit.md" ranks evaluate.py --exhibit "$exhibit" --policy "$A" --limit "$LIMIT" --seeds $SEEDS --N "$N" \
+    --out "$RUN" "$@"
+}
+P=$RUN/prm
+evaluate fig1 --prms xs="$P-xs" s="$P-s" m="$P-m" l="$P-l"
+evaluate fig2 --prms "$P-l"
+evaluate fig3 --prms "LLM A"="$P-A" "LLM B"="$P-B" "ASLAF"="$P-m" "truth"="$P-truth"
+evaluate fig4 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
+evaluate fig5 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
+evaluate fig6 --prm "$P-l"
+evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms Math="$P-math" Code="$P-code" both="$P-l"
+run similarity "$RUN/similarity.json" $PYTHON similarity.py --policy "$A" --prm "$P-l" --limit "$SIMILAR" --json "$RUN/similarity.json"
+echo "all done in $(((SECONDS - started) / 60)) min: figures and tables are in $RUN"
