@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import judge
 import tasks
 
 
@@ -36,7 +37,7 @@ def timed(function):
     """-> (result, wall s, CPU s). The workers are stopped inside, for only ended processes are counted."""
     wall, cpu = clock()
     result = function()
-    tasks.close()
+    judge.close()
     after = clock()
     return result, after[0] - wall, after[1] - cpu
 
@@ -71,10 +72,10 @@ def main(argv=None):
     parser.add_argument("--humaneval", help="HumanEvalPlus.jsonl.gz of evalplus")
     parser.add_argument("--math", help="MATH-500 as jsonl")
     parser.add_argument("--evalplus", help="the Python of an environment with evalplus 0.3.1")
-    parser.add_argument("--workers", type=int, default=tasks._workers())
+    parser.add_argument("--workers", type=int, default=judge.cores())
     parser.add_argument("--tiny", type=int, default=2000, help="tiny programs to judge")
     args = parser.parse_args(argv)
-    figures = {"workers": args.workers, "slowness": tasks.slowness()}
+    figures = {"workers": args.workers, "slowness": judge.slowness()}
 
     def report(name, count, wall, cpu, unit="programs"):
         figures[name] = {"count": count, "seconds": wall, "cpu_seconds": cpu, "per_second": count / wall}
