@@ -613,8 +613,9 @@ def load_pretrained(kind, path, **keywords):
                          "folder (made by save_pretrained or `hf download`)") from error
 
 
-def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **keywords):
-    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address (served: its name of the model).
+def load_policy(path, device="cpu", dtype=None, served=None, separator=None, chat_tokenizer=None, **keywords):
+    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address (served: its name of the model;
+    chat_tokenizer: folder or hub id of the tokenizer whose chat template the question is put into).
 
     dtype: name; None is bfloat16 on cuda and float32 elsewhere. separator None: what the folder's config says
     ("step_separator", as in the tiny world), else an empty line.
@@ -623,7 +624,8 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
         if not served:
             raise ValueError("a server needs --policy-model, the name under which it serves the model")
         keywords.pop("max_batch_tokens", None)
-        return ServerPolicy(path, served, separator=separator or "\n\n", **keywords)
+        chat = load_pretrained(AutoTokenizer, chat_tokenizer) if chat_tokenizer else None
+        return ServerPolicy(path, served, chat, separator=separator or "\n\n", **keywords)
     path = str(path)
     config = load_pretrained(AutoConfig, path)
     tokenizer = load_pretrained(AutoTokenizer, path)
@@ -639,6 +641,7 @@ def add_policy_flags(parser, default=None):
     if default:
         a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
     a("--policy-model", help="the server's name of the model")
+    a("--chat-tokenizer", help="of a chat model behind a server: folder or hub id, for its chat template")
     a("--separator", help="text between steps (default: what the folder says, else an empty line)")
     a("--temperature", type=float, default=1.0)
     a("--top-p", type=float, default=1.0)
@@ -650,6 +653,6 @@ def add_policy_flags(parser, default=None):
 def load_policy_flags(args, device, path=None, **keywords):
     options = {"seed": args.seed, "temperature": args.temperature, "top_p": args.top_p,
                "max_step_tokens": args.max_step_tokens, "max_steps": args.max_steps,
-               "max_batch_tokens": args.max_batch_tokens, **keywords}
+               "max_batch_tokens": args.max_batch_tokens, "chat_tokenizer": args.chat_tokenizer, **keywords}
     return load_policy(path or args.policy, device, args.dtype, args.policy_model,
                        args.separator and args.separator.encode().decode("unicode_escape"), **options)

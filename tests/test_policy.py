@@ -1,4 +1,5 @@
 """The tree cache and the sampler: cached = uncached = batched, and a sample depends on nothing but its own key."""
+import copy
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -190,6 +191,15 @@ def test_a_server_is_a_policy_too(server):
     with pytest.raises(ValueError, match="no model of that name"):
         bad = ServerPolicy(server, "other")
         bad.propose([bad.root("p", "Q?")], 1)
+
+
+def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    tokenizer.save_pretrained(tmp_path)
+    policy = load_policy("http://127.0.0.1:9/v1", served="m", chat_tokenizer=tmp_path)
+    text = policy._text(policy.adopt(policy.root("p", "Q?"), ["one"]))
+    assert text.startswith("<user>Q?\n\nSolve step by step") and text.endswith("<assistant>one\n\n")
 
 
 def test_a_server_that_is_not_there(monkeypatch):

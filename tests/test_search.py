@@ -128,6 +128,33 @@ def test_budgets_are_respected_within_one_call(strategy, options):
     assert s.spent >= 50 or strategy is beam         # a beam of two is done with ten levels before
 
 
+def test_a_budget_of_seconds_ends_a_search():
+    class Slow(Script):
+        def propose(self, nodes, counts):
+            time.sleep(0.02)
+            return super().propose(nodes, counts)
+    tree = {"": [("a", 0.5, False)], **{"a" * i: [("b", 0.5, True), ("a", 0.5, False)] for i in range(1, 99)}}
+    s = Search(Node("Q"), mcts, {"m": 2, "simulations": 10**6, "c": 1.0, "reward": reward}, seconds=0.1)
+    slow = Slow(tree)
+    drive([s], slow, [slow])
+    assert s.request is None and s.result is None and 0.1 <= s.took < 0.3
+
+
+@pytest.mark.parametrize("combine, want", [("mean", "b"), ("min", "c")])
+def test_several_prms_are_averaged_or_the_most_severe_counts(combine, want):
+    """First PRM: a 0.9, b 0.8, c 0.5; second: a 0.1, b 0.4, c 0.5. Means 0.5, 0.6, 0.5; minima 0.1, 0.4, 0.5."""
+    first = Script({"": [("a", 0.9, True), ("b", 0.8, True), ("c", 0.5, True)]})
+
+    class Second:
+        tokens = 0
+
+        def score_nodes(self, leaves):
+            return {n: {"a": 0.1, "b": 0.4, "c": 0.5}[n.text] for n in leaves}
+    s = Search(Node("Q"), beam, {"k": 1, "m": 3, "path_score": total})
+    drive([s], first, [first, Second()], combine)
+    assert max((n for _, _, n in s.found), key=total).text == want and len(s.tried[0].scores) == 2
+
+
 def test_adaptive_breadth_and_pruning():
     sure = {"": [("a", 0.95, True), ("b", 0.9, True)]}
     hard = {"": [("a", 0.3, True), ("b", 0.2, True)]}
