@@ -34,7 +34,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributions import Multinomial
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -78,21 +78,23 @@ class Reference:
 
     def _hook(self, p):
         p.grad.mul_(p.detach()).abs_()  # A of this tensor, in the gradient's place
-        self.square = self.square + p.grad.float().square().sum()
+        self.square = self.square + torch.linalg.vector_norm(p.grad, dtype=torch.float32) ** 2
 
     def accumulate(self, ids, start, sums, kept):
         """Add Â of a response to each of `sums` (P), and its sketch to `kept` (D)."""
         self.square = 0.0
         score(self.lm, torch.tensor(ids, device=self.lm.device), start, self.how).backward()
-        norm = float(self.square) ** 0.5
-        if not 0 < norm < math.inf:
+        if not 0 < (norm := float(self.square) ** 0.5) < math.inf:
             raise ValueError(f"a response's A has norm {norm}: there is no pattern to compare")
         for p, a, b in self.spans.values():
             A, p.grad = p.grad.flatten(), None
             for row in sums:
                 row[a:b].add_(A.to(row.device), alpha=1 / norm)
-            signed = pad(A.float() * self.signs[a:b], (a % self.D, -b % self.D))
-            kept.add_(signed.view(-1, self.D).sum(0).to(kept.device), alpha=1 / norm)
+            signed, head = A.float() * self.signs[a:b], min(-a % self.D, b - a)  # head: up to the next multiple of D
+            n = (b - a - head) // self.D  # whole rows of D after it
+            body, tail = signed[head:].split([n * self.D, b - a - head - n * self.D])
+            for x, at in [(signed[:head], a % self.D), (tail, 0), *([(body.view(n, -1).sum(0), 0)] if n else [])]:
+                kept[at:at + len(x)].add_(x.to(kept.device), alpha=1 / norm)
 
 
 def encode(tokenizer, responses, separator, context):
