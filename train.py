@@ -86,22 +86,17 @@ def encode_rows(prm, found, max_length, mask_after_first_error=False):
 def plan(lengths, group, batch_size, batch_tokens, seed=0, epoch=0):
     """One epoch as a list of optimizer steps, each a list of at most `group` micro-batches of row numbers.
 
-    Rows of similar length share a micro-batch: shuffle, sort inside windows of about 32 micro-batches (up and down in
-    turn, so that windows join without a jump), cut, shuffle the micro-batches. The same on every rank, and for every
-    number of ranks with the same group = ranks x accumulation.
+    Rows of similar length share a micro-batch: shuffle, sort each 32 micro-batches' worth of rows, cut, shuffle the
+    micro-batches. The same on every rank, and for every number of ranks with the same group = ranks x accumulation.
     """
-    rng, order = random.Random(f"{seed} {epoch}"), list(range(len(lengths)))
+    rng, order, batches = random.Random(f"{seed} {epoch}"), list(range(len(lengths))), []
     rng.shuffle(order)
-    window = 32 * min(batch_size, max(1, batch_tokens * len(lengths) // max(1, sum(lengths))))
-    parts = [sorted(order[a:a + window], key=lengths.__getitem__, reverse=bool(a // window % 2))
-             for a in range(0, len(order), window)]
-    batches, longest = [[]], 0
-    for i in itertools.chain(*parts):
-        longest = max(longest, lengths[i])
-        if batches[-1] and (len(batches[-1]) == batch_size or longest * (len(batches[-1]) + 1) > batch_tokens):
-            batches.append([])
-            longest = lengths[i]
-        batches[-1].append(i)
+    for a in range(0, len(order), 32 * batch_size):
+        batches.append([])
+        for i in sorted(order[a:a + 32 * batch_size], key=lengths.__getitem__):
+            if len(batches[-1]) == batch_size or lengths[i] * (len(batches[-1]) + 1) > batch_tokens:
+                batches.append([])
+            batches[-1].append(i)
     rng.shuffle(batches)
     return [batches[a:a + group] for a in range(0, len(batches), group)]
 
@@ -235,8 +230,8 @@ def shard(prm, device, bf16):
         fully_shard(part, mesh=mesh, mp_policy=policy)
     if not master:
         prm.to_empty(device=device)
-    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    states.set_model_state_dict(prm, whole if master else {}, options=options)
+    states.set_model_state_dict(prm, whole if master else {},
+                                options=states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     for buffer in prm.buffers():  # the rotary frequencies are in no state dict
         dist.broadcast(buffer, 0)
 
@@ -307,14 +302,13 @@ def train(args, stop):
     group, master = args.accumulate * world, rank == 0
     if args.fsdp and world == 1:
         raise ValueError("--fsdp needs torchrun and more than one process")
-    bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"
+    bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"  # on CPUs no gain
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")  # one process saves alone
     disable_progress_bar()  # of transformers, at each loading and saving
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
     def log(kind, step, **figures):
-        """One line to log.jsonl, the same to the screen."""
         if master:
             with open(out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
