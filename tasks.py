@@ -19,13 +19,11 @@ import gzip
 import inspect
 import io
 import json
-import math
 import pickle
 import re
 import time
 import zlib
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import judge
 from judge import extract_code, slowness
@@ -89,10 +87,7 @@ def normalise(answer):
     s = re.sub(r"_{(\d+)}$", r"_\1", re.sub(r"\s+", "", s))
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", s):
         s = s.replace(",", "")
-    if re.fullmatch(r"[-+]?\d+(\.\d*)?", s) and len(s) < 1000:
-        value = Fraction(s.rstrip("."))
-        s = str(value.numerator) if value.denominator == 1 else s.lstrip("+")
-    return s
+    return str(int(s.split(".")[0])) if re.fullmatch(r"[-+]?\d{1,999}(\.0*)?", s) else s
 
 
 def equivalent_many(pairs):
@@ -112,15 +107,11 @@ def equivalent_many(pairs):
             sure = a == b or plain or not 0 < len(b) <= 1000  # no answer is longer, and its parse would take the limit
             equal[gold, pred] = a == b if sure else None
     todo = [pair for pair, known in equal.items() if known is None]
-    size = max(1, min(64, math.ceil(len(todo) / judge.cores())))  # in chunks: a fork costs as much as a few pairs
+    size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: a fork costs as much as a few pairs
     chunks = [(todo[i : i + size],) for i in range(0, len(todo), size)]
     for (chunk,), found in zip(chunks, judge.parallel(_verify_chunk, chunks)):
         equal.update(zip(chunk, found))
     return [equal[gold, pred] for gold, pred in pairs]
-
-
-def equivalent(gold, pred):
-    return equivalent_many([(gold, pred)])[0]
 
 
 def _verify_chunk(pairs):
@@ -154,6 +145,7 @@ def math_equal(gold, pred):
 
 def judge_many(items, workers=None, progress=False):
     """[(problem, solution text)] -> [Verdict]. Texts that hold the same program or answer are judged once."""
+    items = list(items)
     found = [extract_answer(t) if p.domain == "math" else extract_code(t, p) for p, t in items]
     equal = iter(equivalent_many([(p.answer, f) for (p, _), f in zip(items, found) if p.domain == "math"]))
     jobs = [(p.tests, f) for (p, _), f in zip(items, found) if p.domain == "code"]
@@ -203,7 +195,7 @@ def _math(row, n):
     gold = next((str(row[k]) for k in golds if row.get(k) is not None), None)
     if gold is None and "label" not in row:  # PRM800K has problems without an answer
         raise KeyError("answer")
-    meta = {k: row[k] for k in ("solution", "subject", "level", "url", "year") if row.get(k) is not None}
+    meta = {k: row[k] for k in ("solution", "subject", "level") if row.get(k) is not None}
     if gold and ("####" in gold or "\\boxed" in gold):
         meta["solution"], gold = re.sub(r"<<.*?>>", "", gold), extract_answer(gold)  # GSM8K's calculator marks
     if "level" in meta:
@@ -215,15 +207,14 @@ def _math(row, n):
 
 def _first_error(row, n):
     """ProcessBench: steps and the index of the first wrong one, from 0; -1 = no error."""
-    meta = {"steps": list(row["steps"]), "label": int(row["label"]), "generator": row.get("generator"),
-            "final_answer_correct": bool(row["final_answer_correct"])}
-    return Problem(str(row["id"]), row["problem"], "math", None, meta=meta)
+    meta = {"steps": list(row["steps"]), "label": int(row["label"])}
+    return Problem(str(row["id"]), row["problem"], "math", meta=meta)
 
 
 # evalplus's special oracles (its eval/_special_oracle.py): tasks whose statement leaves more than one answer
 ORACLES = {
-    "find_zero": "root", "are_equivalent": "anything", "sum_div": "zero", "surface_Area": "pyramid",
-    "digit_distance_nums": "digits",
+    "find_zero": "root", "are_equivalent": "anything", "sum_div": "zero",
+    "surface_Area": "pyramid", "digit_distance_nums": "digits",
     **dict.fromkeys(["similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
                      "intersection_array", "find_dissimilar", "Diff"], "set"),
     **dict.fromkeys(["check_str", "text_match_three", "text_starta_endb"], "truth"),
@@ -261,7 +252,7 @@ def _table(code):
     """evalplus's self-contained tests hold literal lists `inputs` and mostly `results`: calls. Others are asserts."""
     found = {}
     for node in ast.walk(ast.parse(code)):
-        name = node.targets[0].id if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) else None
+        name = getattr(node.targets[0], "id", None) if isinstance(node, ast.Assign) else None
         if name in ("inputs", "results"):
             with contextlib.suppress(ValueError):  # results that are not literals: the reference solution says
                 found["inputs" if name == "inputs" else "outputs"] = ast.literal_eval(node.value)
@@ -294,8 +285,7 @@ def _typed(value, form):
 def _bigcodebench(row, n):
     tests = {"kind": "unittest", "entry": row["entry_point"], "test": row["test"], "time_limit": 20.0,
              "reference": row["complete_prompt"] + row["canonical_solution"]}
-    meta = {"prompt": row["complete_prompt"], "helpers": row["code_prompt"].split(f"def {row['entry_point']}")[0],
-            "instruct": row.get("instruct_prompt"), "libs": ast.literal_eval(row.get("libs") or "[]")}
+    meta = {"prompt": row["complete_prompt"], "helpers": row["code_prompt"].split(f"def {row['entry_point']}")[0]}
     return Problem(row["task_id"], row["complete_prompt"], "code", tests=tests, meta=meta)
 
 
@@ -317,18 +307,16 @@ def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=()
         shown = shown or stated[:4] or inputs[:1]
     tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, time_limit=seconds * slowness(),
                  reference=solutions[0] if solutions else None)
-    return Problem(str(name), question, "code", tests=tests, meta={**meta, "solutions": solutions})
+    return Problem(str(name), question, "code", tests=tests, meta=meta)
 
 
 def _apps(row, n):
     """APPS and TACO (JSON strings inside JSON), and the derived form of CodeContests (plain objects)."""
     cases = row["tests"] if "tests" in row else json.loads(row["input_output"] or '{"inputs": [], "outputs": []}')
     solutions = row.get("solutions") or []
-    meta = {k: row[k] for k in ("difficulty", "url", "source") if row.get(k)}
     question = (row["problem"] if "problem" in row else row["question"]) + "\n\n" + (row.get("starter_code") or "")
     return _contest(row.get("problem_id", row.get("id", n)), question.rstrip(), cases["inputs"], cases["outputs"],
-                    cases.get("fn_name"), solutions=json.loads(solutions) if isinstance(solutions, str) else solutions,
-                    **meta)
+                    cases.get("fn_name"), solutions=json.loads(solutions) if isinstance(solutions, str) else solutions)
 
 
 def _codecontests(row, n):
@@ -364,7 +352,7 @@ def _livecodebench(row, n):
         outputs = list(map(json.loads, outputs))
     question = f"{row['question_content']}\n\n{row.get('starter_code') or ''}".rstrip()
     return _contest(row["question_id"], question, inputs, outputs, entry, shown=inputs[: len(shown)],
-                    date=str(row["contest_date"]), difficulty=row.get("difficulty"), platform=row.get("platform"))
+                    date=str(row["contest_date"]))
 
 
 def _own(row, n):
@@ -407,7 +395,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     make, hub, default, files = TASKS[task]
-    first, _, last = split.partition(":") if task == "livecodebench" and split and ":" in split else ("", "", "")
+    first, _, last = split.partition(":") if task == "livecodebench" and ":" in (split or "") else ("", "", "")
     split = default if first or last else split or default
     if data:
         rows = _file_rows(data)
@@ -431,12 +419,10 @@ def load(task, data=None, split=None, limit=None, seed=0):
                 pickle.UnpicklingError) as e:
             what = f"no field {e}" if isinstance(e, KeyError) else str(e) or "not a row of this task"
             raise ValueError(f"{where}: {what}") from None
-        if (first or last) and not first <= problem.meta["date"][:10] < (last or "9"):
-            continue
-        if task == "prm800k" and problem.question in seen:
-            continue  # it has many rows to a problem
-        seen.add(problem.question)
-        problems.append(problem)
+        outside = (first or last) and not first <= problem.meta["date"][:10] < (last or "9")
+        if not outside and not (task == "prm800k" and problem.question in seen):  # which has many rows to a problem
+            problems.append(problem)
+            seen.add(problem.question)
     return problems
 
 
@@ -461,8 +447,8 @@ def _hub_rows(task, hub, split, files):
 
     try:
         if files:
-            kind = "parquet" if files.endswith("parquet") else "json"
             path = f"hf://datasets/{hub}/{files.format(split=split)}"
+            kind = "parquet" if path.endswith("parquet") else "json"
             rows = datasets.load_dataset(kind, data_files=path, split="train")
         else:
             rows = datasets.load_dataset(*hub.split(":"), split=split)
@@ -471,9 +457,6 @@ def _hub_rows(task, hub, split, files):
         raise ConnectionError(f"cannot load {task} from the hub ({hub}, split {split}): {why}. "
                               "Pass a local copy: --data FILE (.jsonl, .json or .gz)") from None
     return ((f"{hub}:{n}", row) for n, row in enumerate(rows, 1))
-
-
-# ---------------------------------------------------------------------------- command line
 
 
 def reference_rate(problems, workers=None, progress=False):
@@ -504,8 +487,7 @@ def main(argv=None):
         print(f"[{p.id}] {p.question.strip()}\n  -> {p.answer if p.domain == 'math' else str(p.tests)[:300]}\n")
     start = time.monotonic()
     right, total, failing = reference_rate(problems, progress=True)
-    seconds = time.monotonic() - start
-    print(f"{len(problems)} problems; reference solutions right: {right} of {total} in {seconds:.1f} s")
+    print(f"{len(problems)} problems; reference solutions right: {right} of {total}, {time.monotonic() - start:.1f} s")
     for name, why in failing.items():
         print(f"  {name}: {why}")
 

@@ -73,6 +73,10 @@ HOSTILE = {
                          "def f(x): return 0\nprint(0)", ""),
     "patched assert helpers": ("import unittest\nT = unittest.TestCase\nT.assertEqual = T.assertTrue = lambda *a: 0\n"
                                "def f(x): return 0\nprint(0)", ""),
+    "skipped tests": ("import unittest\nunittest.TestCase.__unittest_skip__ = True\n"
+                      "unittest.TestCase.__unittest_skip_why__ = ''\ndef f(x): return 0\nprint(0)", ""),
+    "hidden tests": ("import sys, types\nsys.modules['__main__'] = types.ModuleType('m')\n"
+                     "def load_tests(*a): return __import__('unittest').TestSuite()\ndef f(x): return 0\nprint(0)", ""),
     "equal to everything": ("class E:\n    __hash__ = None\n    def __eq__(s, o): return True\n"
                             "    def __repr__(s): return '2'\ndef f(x): return E()\nprint(0)", ""),
     "writes elsewhere": ("open('WHERE/was_here', 'w').write('x')\n", "OSError|PermissionError|exit code"),

@@ -13,7 +13,7 @@ import pytest
 
 import judge
 import tasks
-from tasks import Problem, equivalent, equivalent_many, extract_answer, judge_many, load, vote_keys
+from tasks import Problem, equivalent_many, extract_answer, judge_many, load, vote_keys
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -72,7 +72,7 @@ def test_extract_answer(text, want):
     ("5", "", False),
 ])
 def test_equivalent(gold, pred, want):
-    assert equivalent(gold, pred) is want
+    assert equivalent_many([(gold, pred)]) == [want]
 
 
 def test_an_answer_that_hangs_is_unequal_and_the_rest_goes_on(monkeypatch):
@@ -83,7 +83,7 @@ def test_an_answer_that_hangs_is_unequal_and_the_rest_goes_on(monkeypatch):
 
 def test_equivalence_works_in_a_thread():
     found = []
-    thread = threading.Thread(target=lambda: found.append(equivalent(r"\frac{3}{4}", "0.75")))
+    thread = threading.Thread(target=lambda: found.extend(equivalent_many([(r"\frac{3}{4}", "0.75")])))
     thread.start()
     thread.join()
     assert found == [True]
