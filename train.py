@@ -1,6 +1,6 @@
 """Train a process reward model: §2.2 and Appendix B.2 of the paper, read from top to bottom.
 
-    python train.py                                                      # a laptop: the tiny world, two minutes
+    python train.py                                         # a laptop: the tiny world, two or three minutes
     python train.py --data trl-lib/math_shepherd --model Qwen/Qwen2.5-0.5B --out runs/prm
     torchrun --nproc_per_node=8 train.py --data a.jsonl:0.5 b.jsonl:0.5 --model Qwen/Qwen2.5-7B --batch-tokens 16384 \\
         --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm          # add --fsdp from 14B on
