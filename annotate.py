@@ -30,11 +30,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tqdm import tqdm
-
 import tasks
 from policy import add_policy_flags, load_policy_flags
-from rows import Journal, add_run_flags, check_run_flags, distributed, read_set
+from rows import add_run_flags, check_run_flags, distributed, journaled, read_set, write_rows
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -362,7 +360,7 @@ def parse(argv):
 
 def main(argv=None):
     parser, args = parse(argv)
-    rank, world, device = distributed(args.device)
+    rank, _, device = distributed(args.device)
     started = time.perf_counter()
     try:
         jobs = collect(args)
@@ -377,39 +375,30 @@ def main(argv=None):
     args.join = sampler.separator
     source = f"sampled from {Path(args.sampler or args.policies[0]).name}"
 
-    def names(problem, given):
+    def names(job):
+        problem, given = job
         return [s[0] for s in given] if given else [f"{problem.id}-{i}" for i in range(args.samples)]
-    journal = Journal(f"{args.out}.votes" if args.out else None, rank, args.resume)
-    done = {r["id"] for r in journal.rows}
-    mine = [job for job in jobs if not done.issuperset(names(*job))][rank::world]
-    order = [n for job in jobs for n in names(*job)]
-    records = [r for r in journal.rows if rank == 0 and r["id"] in set(order)]
-    with tqdm(total=len(mine), desc="problems", disable=rank > 0 or None) as progress:
-        for start in range(0, len(mine), args.concurrent):
-            some = mine[start:start + args.concurrent]
-            fresh = [p for p, given in some if given is None]
-            groups = iter(sampler.complete([sampler.root(p.id, p.question, p.domain) for p in fresh], args.samples)
-                          if fresh else [])
-            some = [(p, given or [(f"{p.id}-{i}", end.steps(), end.end, source, None)
-                                  for i, end in enumerate(next(groups))]) for p, given in some]
-            new = annotate(some, voters, judge, args)
-            journal.append(new)
-            records += new
-            progress.update(len(some))
-    records = journal.finish(records, order, world)
-    final = Journal(args.out, rank, args.resume)
+
+    def make(some):
+        fresh = [p for p, given in some if given is None]
+        groups = iter(sampler.complete([sampler.root(p.id, p.question, p.domain) for p in fresh], args.samples)
+                      if fresh else [])
+        return annotate([(p, given or [(f"{p.id}-{i}", end.steps(), end.end, source, None)
+                                       for i, end in enumerate(next(groups))]) for p, given in some],
+                        voters, judge, args)
+    records = journaled(f"{args.out}.votes" if args.out else None, jobs, make, names, args.concurrent, args.resume)
     if rank == 0:
         if args.balance:
             balance(records, args.seed)
         kept = [r for r in records if not r["dropped"]]
-        final.finish([{k: r[k] for k in ("id", "domain", "source", "prompt", "completions", "labels", "values",
-                                         "rollouts", "votes", "first_error")} for r in kept], order, 1)
+        if args.out:
+            write_rows(args.out, [{k: r[k] for k in ("id", "domain", "source", "prompt", "completions", "labels",
+                                                     "values", "rollouts", "votes", "first_error")} for r in kept])
         summary = {**summarise(records, voters), "seconds": round(time.perf_counter() - started, 1)}
         summary["seconds per label"] = summary["seconds"] / max(1, summary["labels"])
-        for r in [next((r for r in kept if r["first_error"] >= 0), None)] if kept else []:
-            if r:
-                print(f"\n{r['prompt']}\n" + "\n".join(f"  {'+' if y else '-'} {s}" for s, y in zip(
-                    r["completions"], r["labels"])) + f"\n  first wrong step, from 0: {r['votes']}\n")
+        for r in [r for r in kept if r["first_error"] >= 0][:1]:  # one to look at
+            steps = "\n".join(f"  {'+' if y else '-'} {step}" for step, y in zip(r["completions"], r["labels"]))
+            print(f"\n{r['prompt']}\n{steps}\n  first wrong step, from 0: {r['votes']}\n")
         print("\n".join(f"{key}: {value}" for key, value in summary.items()))
         if args.json:
             Path(args.json).write_text(json.dumps({"args": vars(args), **summary}, indent=1) + "\n")

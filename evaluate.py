@@ -34,14 +34,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 import search
 import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
-from rows import Journal, add_run_flags, check_run_flags, distributed, read_rows, read_set
+from rows import add_run_flags, check_run_flags, distributed, gather, journaled, read_rows, read_set
 from train import auc_pairs
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -192,7 +190,7 @@ class Bench:
 
     def __init__(self, args):
         self.args, self.out, self.models = args, Path(args.out), {}
-        self.rank, self.world, self.device = distributed(args.device)
+        self.rank, _, self.device = distributed(args.device)
 
     @cached_property
     def problems(self):
@@ -216,20 +214,8 @@ class Bench:
         """make(some items) -> rows with an "id", for all items, over all ranks, kept in a file named after settings."""
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
         file = self.out / "done" / f"{name}-{digest}.jsonl"
-        ids = [x["id"] if isinstance(x, dict) else x.id for x in items]
-        journal = Journal(file, self.rank, resume=True)
-        done = {r["id"] for r in journal.rows}
-        mine = [x for x, i in zip(items, ids) if i not in done][self.rank::self.world]
-        rows, chunk = [r for r in journal.rows if self.rank == 0], self.args.concurrent
-        for a in tqdm(range(0, len(mine), chunk), desc=name, leave=False, disable=self.rank > 0 or None):
-            new = make(mine[a:a + chunk])
-            journal.append(new)
-            rows += new
-        journal.finish(rows, list(dict.fromkeys([*done, *ids])), self.world)
-        if self.world > 1:
-            dist.barrier()
-        kept = {r["id"]: r for _, r in read_rows(file)}
-        return [kept[i] for i in ids]
+        rows = journaled(file, items, make, chunk=self.args.concurrent, resume=True, desc=name)
+        return gather(rows)[0]
 
     def sampling(self):
         a = self.args

@@ -61,61 +61,61 @@ def gather(value):
     return found
 
 
-class Journal:
-    """Rows of an --out file, keyed by "id": whole lines are appended as they are finished, one part file a rank, and
-    merged into one file in the end. After `kill -9` at any moment, what was appended is found again (--resume)."""
+def journaled(out, items, make, names=None, chunk=100, resume=False, desc="problems"):
+    """make(some items) -> their rows, for all items and over all ranks -> on rank 0 all rows, elsewhere [].
 
-    def __init__(self, out, rank=0, resume=False):
-        self.out, self.rank, self.rows = Path(out) if out else None, rank, []
-        if self.out is None:
-            return
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.part = self.out.with_name(f"{self.out.name}.part{rank}")
-        files = [f for f in [self.out, *sorted(self.out.parent.glob(self.out.name + ".part*"))] if f.exists()]
-        if resume:
-            found = {}
-            for file in files:
-                text = file.read_text(encoding="utf-8")
-                for line in text[:text.rfind("\n") + 1].splitlines():  # a line cut off by a kill was not finished
-                    row = json.loads(line)
-                    found[row["id"]] = row
-            self.rows = list(found.values())
-        if dist.is_initialized():
+    items: each has an id, or `names` tells the ids of its rows. Rows come back, and go to the JSONL file `out` (None:
+    no file), in the order of the items, whatever the number of ranks. Whole lines are appended as they are finished,
+    one part file a rank: after `kill -9` at any moment, `resume` finds what was appended and makes only the rest.
+    """
+    names = names or (lambda item: [item["id"] if isinstance(item, dict) else item.id])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    done = {}
+    if out is not None:
+        out = Path(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        files = [f for f in [out, *sorted(out.parent.glob(out.name + ".part*"))] if f.exists()]
+        for file in files if resume else ():
+            text = file.read_text(encoding="utf-8")
+            for line in text[:text.rfind("\n") + 1].splitlines():  # a line cut off by a kill was not finished
+                done[json.loads(line)["id"]] = json.loads(line)
+        if world > 1:
             dist.barrier()  # every rank has read before anyone writes
         if rank == 0:
-            if self.rows:
-                self._replace(self.rows)
+            if done:
+                write_rows(out, done.values())
             for file in files:
-                if file != self.out or not resume:
-                    file.unlink(missing_ok=True)
-        if dist.is_initialized():
-            dist.barrier()
-
-    def append(self, rows):
-        if self.out is not None and rows:
-            with open(self.part, "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-                file.flush()
-                os.fsync(file.fileno())
-
-    def finish(self, rows, order, world):
-        """All ranks' rows on rank 0, in the order of the ids given; --out is replaced at once by the whole."""
+                if file != out or not done:
+                    file.unlink()
         if world > 1:
-            gathered = [None] * world if self.rank == 0 else None
-            dist.gather_object(rows, gathered)
-            rows = [r for part in gathered for r in part] if self.rank == 0 else []
-        by_id = {r["id"]: r for r in rows}
-        rows = [by_id[i] for i in order if i in by_id]
-        if self.out is not None and self.rank == 0:
-            self._replace(rows)
-            for part in self.out.parent.glob(self.out.name + ".part*"):
-                part.unlink()
-        return rows
+            dist.barrier()
+    mine, rows = [x for x in items if not done.keys() >= set(names(x))][rank::world], []
+    with tqdm(total=len(mine), desc=desc, disable=rank > 0 or not mine or None) as progress:
+        for start in range(0, len(mine), chunk):
+            new = make(mine[start:start + chunk])
+            if out is not None:
+                with open(out.with_name(f"{out.name}.part{rank}"), "a", encoding="utf-8") as file:
+                    file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
+                    file.flush()
+                    os.fsync(file.fileno())
+            rows += new
+            progress.update(len(mine[start:start + chunk]))
+    done |= {r["id"]: r for part in gather(rows) for r in part}
+    if rank > 0:
+        return []
+    rows = [done.pop(name) for x in items for name in names(x) if name in done]
+    if out is not None:
+        write_rows(out, [*rows, *done.values()])  # what was there of other items stays, at the end
+        for part in out.parent.glob(out.name + ".part*"):
+            part.unlink()
+    return rows
 
-    def _replace(self, rows):
-        partial = self.out.with_name(self.out.name + ".partial")
-        partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
-        os.replace(partial, self.out)
+
+def write_rows(file, rows):
+    """A JSONL file, replaced as a whole or not at all."""
+    partial = Path(file).with_name(Path(file).name + ".partial")
+    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    os.replace(partial, file)
 
 
 def add_run_flags(parser, limit=None):

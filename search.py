@@ -28,7 +28,7 @@ from tqdm import tqdm
 import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
-from rows import Journal, add_run_flags, check_run_flags, distributed
+from rows import add_run_flags, check_run_flags, distributed, journaled
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -395,7 +395,7 @@ def parse(argv):
 
 def main(argv=None):
     parser, args = parse(argv)
-    rank, world, device = distributed(args.device)
+    rank, _, device = distributed(args.device)
     try:
         if args.question:
             problems = [tasks.Problem("question", args.question, args.domain)]
@@ -407,28 +407,26 @@ def main(argv=None):
                 for i, p in enumerate(args.prm)]
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    journal = Journal(args.out, rank, args.resume)
-    rows = [r for r in journal.rows if r["id"] in {p.id for p in problems}]
-    done = {r["id"] for r in rows}
-    mine = [p for p in problems if p.id not in done][rank::world]
-    for start in tqdm(range(0, len(mine), args.concurrent), desc="problems", disable=rank > 0 or None):
-        some = mine[start:start + args.concurrent]
-        searches, new = solve(some, args.strategy, policy, prms, args)
-        pools = new
+
+    def make(some):
+        searches, rows = solve(some, args.strategy, policy, prms, args)
+        pools = rows
         if args.strategy in ("beam", "mcts"):  # what the same tokens buy without search
             _, pools = solve(some, "best_of_n", policy, prms, args, budgets=[max(1, s.spent) for s in searches])
-        for row, pool in zip(new, pools):
+        for row, pool in zip(rows, pools):
             row["compared"] = compare(row, pool)
-        journal.append(new)
-        if start == 0 and rank == 0:
-            for i in {r["domain"]: i for i, r in reversed(list(enumerate(new)))}.values():
-                show(searches[i], new[i])
-        rows += new
-    rows = journal.finish(rows, [p.id for p in problems], world)
+        for domain in {r["domain"] for r in rows} - shown if rank == 0 else ():  # one problem of each domain
+            i = next(i for i, r in enumerate(rows) if r["domain"] == domain)
+            show(searches[i], rows[i])
+            shown.add(domain)
+        return rows
+    shown = set()
+    rows = journaled(args.out, problems, make, chunk=args.concurrent, resume=args.resume)
     if rank == 0 and not args.question:
         summary = report(rows, args)
         if args.json:
-            Path(args.json).write_text(json.dumps({"args": vars(args), **summary}, indent=1) + "\n")
+            flags = {k: v for k, v in vars(args).items() if v != math.inf}
+            Path(args.json).write_text(json.dumps({"args": flags, **summary}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
