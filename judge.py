@@ -92,11 +92,13 @@ def encode(value, rough=False):
     repr: two of them can be told apart, but none can pretend to equal a plain value.
     rough: equal values get equal codes, for digest(): sets and dicts sorted, floats to 6 digits, 2.0 as 2.
     """
+    if type(value) is str or value is None:
+        return value
     if isinstance(value, float) and rough:
         return encode(int(value)) if value.is_integer() else f"{value:.6g}"
     if isinstance(value, int) and abs(value) >= 1 << 53:
         return {"t": "int", "v": hex(value)}  # HumanEval/83 returns a million digits, and decimal takes quadratic time
-    if value is None or isinstance(value, (int, float, str)):
+    if isinstance(value, (int, float, str)):
         return value
     if isinstance(value, list):
         return [encode(v, rough) for v in value]
@@ -124,7 +126,7 @@ def digest(value):
     """A hash that equal values share. Piece by piece: MBPP/255 returns 128 million strings."""
     sha = hashlib.sha256(type(value).__name__.encode())
     for item in value if isinstance(value, (list, tuple)) else [value]:
-        sha.update(json.dumps(encode(item, rough=True)).encode())
+        sha.update(repr(encode(item, rough=True)).encode("utf-8", "surrogatepass"))
     return sha.hexdigest()
 
 
