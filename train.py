@@ -191,10 +191,13 @@ def plot(out):
 
 # ---------------------------------------------------------------- files
 
-def save_best(out, prm, model, master):
-    """The PRM as it is now becomes OUT. Killed between two files, --resume comes by here again and moves them all."""
+def save_prm(out, prm, model, master, best, snapshot=None):
+    """The PRM as it is now becomes the folder `snapshot`, and OUT if it is the best. Killed between two files of OUT,
+    --resume comes by here again and moves them all."""
     state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if master:
+    if master and snapshot:
+        prm.save(out / snapshot, state)
+    if master and best:
         prm.save(out / "best", state)
         for file in (out / "best").iterdir():
             os.replace(file, out / file.name)
@@ -271,6 +274,7 @@ def main(argv=None):
     a("--seed", type=int, default=0)
     a = parser.add_argument_group("machine").add_argument
     a("--out", default="runs/prm", help="folder of the PRM, its log and its checkpoints (default runs/prm)")
+    a("--snapshots", action="store_true", help="keep the PRM of every evaluation in OUT/step-N (evaluate.py, Figure 2)")
     a("--resume", action="store_true", help="go on from the last checkpoint, if there is one")
     a("--overwrite", action="store_true", help="start again where a run is already")
     a("--device", help="cpu, cuda, cuda:1 (default: the GPU of this rank, where there is one)")
@@ -394,11 +398,12 @@ def train(args, stop):
             shutil.rmtree(old)
     if not checkpoint:
         labels = torch.cat([r.labels for r in data])
+        seen = getattr(config, "pretraining_tokens", 18e12 if "Qwen2.5" in args.model else None)
         log("start", 0, rows=len(data), val_rows=len(val), dropped=len(found) + len(val_found) - len(data) - len(val),
             labels=len(labels), right=float((labels >= 0.5).float().mean()), tokens=sum(lengths),
             length_quantiles=torch.tensor(lengths).float().quantile(torch.tensor([0.1, 0.5, 0.9, 1.0])).tolist(),
             parameters=total, N=N, trained=trained, world=world, optimizer_steps=len(plans), lr=lr, settings=settings,
-            pretraining_flops=6 * N * 18e12 if "Qwen2.5" in args.model else None)  # of 18T tokens
+            pretraining_flops=6 * N * seen if seen else None)
         log("eval", 0, **evaluate(prm, val, val_plan, device, autocast))
     if master:
         print(f"first row ({data[0].where}), tokens and the labels they carry:")
@@ -459,7 +464,8 @@ def train(args, stop):
             stopped = 0 < args.patience <= progress["bad"]
             if better:
                 progress |= {"best": figures["loss"], "best_step": step + 1}
-                save_best(out, prm, model, master)
+            if better or args.snapshots:
+                save_prm(out, prm, model, master, better, f"step-{step + 1:06d}" if args.snapshots else None)
         if done or stopped:
             break
         told = any(gather(bool(stop)))  # asked last, so that a SIGTERM never costs another step

@@ -119,12 +119,12 @@ def train_lm(name, tokenizer, out, threads):
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
                                   lr=lr_max, betas=(0.9, 0.98), fused=True)
-    partial, first, seconds = out / f"{name}.partial", 0, 0.0
+    partial, first, seconds, seen = out / f"{name}.partial", 0, 0.0, 0
     if partial.exists():
         saved = torch.load(partial, weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        first, seconds = saved["step"], saved["seconds"]
+        first, seconds, seen = saved["step"], saved["seconds"], saved["tokens"]
     print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, author {author}, "
           f"{steps} steps from {first}", flush=True)
     started, saved_at, tokens, running = time.time(), time.time(), 0, None
@@ -153,9 +153,10 @@ def train_lm(name, tokenizer, out, threads):
                   f"{(seconds + time.time() - started) / 60:.1f} min", flush=True)
         if time.time() - saved_at > 120:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "seconds": seconds + time.time() - started}, out / f"{name}.tmp")
+                        "seconds": seconds + time.time() - started, "tokens": seen + tokens}, out / f"{name}.tmp")
             os.replace(out / f"{name}.tmp", partial)
             saved_at = time.time()
+    model.config.pretraining_tokens = seen + tokens  # for the FLOPs of Figure 1
     model.half().save_pretrained(out / f"{name}.tmp_dir")
     tokenizer.save_pretrained(out / f"{name}.tmp_dir")
     record = dict(author=author, cycles=cycles, batch=size, seed=seed, loss=running,
