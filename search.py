@@ -64,18 +64,18 @@ def beam(root, k, m, prune=0.0, adaptive=False, path_score=None, **_):
 
         Top Paths = Select Top K from { sum_{t=1..T} R(x_t) },   R(x_t) = p_t
 
-    Finished paths stay and compete. The first step draws K*M samples, so that every step considers as many.
+    Finished paths stay and compete. Equal steps are merged, and so fewer than K paths may be left: they share the
+    samples, so that each step considers as many as K paths would have. The first does, too: K * M from the prompt.
     """
-    beams, first = [root], k
-    while any(node.end is None for node in beams):
-        live = [node for node in beams if node.end is None]
-        groups = yield Request(live, m * first if not adaptive else max(1, m * first // 2))
+    beams = [root]
+    while live := [node for node in beams if node.end is None]:
+        breadth = m * (k - len(beams) + len(live)) // len(live)
+        groups = yield Request(live, breadth if not adaptive else max(1, breadth // 2))
         if adaptive:  # Appendix D.2: the other half, and as many again, only where no step is surely good
             hard = [node for node, steps in zip(live, groups) if unsure(steps)]
             if hard:
-                more = dict(zip(hard, (yield Request(hard, m * first))))
+                more = dict(zip(hard, (yield Request(hard, breadth))))
                 groups = [steps + more.get(node, []) for node, steps in zip(live, groups)]
-        first = 1
         candidates = [node for node in beams if node.end] + [s for steps in groups for s in merge(steps)]
         kept = [node for node in candidates if node.p >= prune] or candidates  # Appendix D.3
         beams = sorted(kept, key=path_score, reverse=True)[:k]  # stable: ties keep sampling order
@@ -84,22 +84,25 @@ def beam(root, k, m, prune=0.0, adaptive=False, path_score=None, **_):
 def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, adaptive=False, **_):
     """Monte Carlo tree search (B.4.3). Node.p and rollouts are valued by the PRM alone, never by the right answer.
 
-    N[s]  visits;  Q[s]  mean value backed up through s;  children[s]  its M sampled steps, duplicates merged.
-    A node is closed when nothing below it can be new: selection passes it by, and the search ends with the root.
+    N[s]  visits;  Q[s]  mean value backed up through s;  children[s]  its sampled steps, duplicates merged;  drawn[s]
+    how many were sampled. A node is closed when nothing below it is left to try: selection passes it by. An LLM's
+    actions cannot be listed: when the root is closed, every node may draw M more (progressive widening: Coulom 2007,
+    https://inria.hal.science/inria-00149266).
     """
-    N, Q, children, closed = Counter(), defaultdict(float), {}, set()
-    while N[root] < simulations and root not in closed:
+    N, Q, drawn, children, closed, allowed = Counter(), defaultdict(float), Counter(), {}, set(), m
+    while N[root] < simulations:
+        if root in closed:
+            closed, allowed = {s for s in closed if s.end}, allowed + m
         path = [root]                                                       # 1. selection
-        while path[-1] in children:
+        while path[-1] in children and drawn[path[-1]] >= allowed:
             path.append(uct_select(path[-1], [s for s in children[path[-1]] if s not in closed], N, Q, c))
-        if path[-1].end is None and (path[-1] is root or N[path[-1]]):      # 2. expansion of a node seen before
-            [steps] = yield Request([path[-1]], m)
-            if adaptive and unsure(steps):
-                [more] = yield Request([path[-1]], m)
-                steps = steps + more
-            steps = merge(steps)
-            children[path[-1]] = [s for s in steps if s.p >= prune] or steps
-            path.append(children[path[-1]][0])
+        leaf = path[-1]
+        if leaf.end is None and (leaf is root or N[leaf]):                  # 2. expansion of a node seen before
+            [steps] = yield Request([leaf], m * (1 + (adaptive and leaf in children and unsure(children[leaf]))))
+            drawn[leaf] += len(steps)
+            steps = merge(children.get(leaf, []) + steps)
+            children[leaf] = [s for s in steps if s.p >= prune] or steps
+            path.append(uct_select(leaf, [s for s in children[leaf] if s not in closed] or children[leaf], N, Q, c))
         leaf = path[-1]
         if leaf.end is None and simulate == "rollout":                      # 3. simulation
             [[end]] = yield Request([leaf], 1, whole=True)
@@ -110,7 +113,7 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
             N[node] += 1
             Q[node] += (value - Q[node]) / N[node]
         for node in reversed(path):
-            if node.end or (node in children and all(s in closed for s in children[node])):
+            if node.end or (drawn[node] >= allowed and all(s in closed for s in children[node])):
                 closed.add(node)
     return N, children
 

@@ -108,8 +108,13 @@ def test_root_visits_equal_simulations_and_q_is_the_mean():
     s, best = run(mcts, wide, m=3, simulations=7, c=1.0)
     N, children = s.result
     assert N[s.root] == 7 == sum(N[a] for a in children[s.root]) and best == "cxy"
-    s, _ = run(mcts, wide, m=3, simulations=10_000, c=1.0)  # the whole tree is known long before: the search ends
-    assert s.result[0][s.root] < 20
+
+
+def test_mcts_widens_where_it_visits():
+    """Three samples are bad, the fourth is good: after one visit nothing new is left, and the root is widened."""
+    late = {"": [("a", 0.1, True)] * 3 + [("b", 0.9, True)]}
+    found = [run(mcts, late, m=3, simulations=n, c=1.0) for n in (1, 2)]
+    assert [(s.spent, best) for s, best in found] == [(3, "a"), (6, "b")]
 
 
 @pytest.mark.parametrize("strategy, options", [(best_of_n, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
@@ -160,7 +165,15 @@ def test_adaptive_breadth_and_pruning():
     hard = {"": [("a", 0.3, True), ("b", 0.2, True)]}
     assert run(beam, sure, k=1, m=4, adaptive=True)[0].spent == 2
     assert run(beam, hard, k=1, m=4, adaptive=True)[0].spent == 6
-    assert run(beam, DECEPTIVE, k=3, m=3, prune=0.85)[0].spent < run(beam, DECEPTIVE, k=3, m=3)[0].spent
+    expanded = [{n.parent.text for n in run(beam, DECEPTIVE, k=3, m=3, prune=p)[0].tried} for p in (0.0, 0.85)]
+    assert expanded == [{"Q", "a", "b", "c"}, {"Q", "a"}]
+
+
+def test_a_beam_of_equal_steps_keeps_its_breadth():
+    """All first steps are the same: one path is left, and the samples of two go to it; the last of four is good."""
+    tree = {"": [("a", 0.9, False)], "a": [("x", 0.1, True), ("x", 0.1, True), ("x", 0.1, True), ("y", 0.9, True)]}
+    s, best = run(beam, tree, k=2, m=2)
+    assert best == "ay" and s.spent == 4 + 4
 
 
 def test_pick():
