@@ -88,7 +88,8 @@ HOSTILE = {
     "prints success": ("print('ok'); print('[\"ok\", true, 0]')\nimport os\nfor fd in range(1, 60):\n"
                        "    try: os.write(fd, b'[\"ok\", true, 0]\\n')\n    except OSError: pass\nos._exit(0)", ""),
     "ignores its limits": ("import signal\nsignal.signal(signal.SIGPROF, signal.SIG_IGN)\nsignal.setitimer(2, 0)\n"
-                           "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", "timeout"),
+                           "signal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass",
+                           "timeout|exit code -9"),  # the worker's wall clock or the kernel's hard limit, what is first
 }
 
 
