@@ -262,7 +262,7 @@ def main(argv=None):
     a("--batch-size", type=int, default=16, help="rows of a micro-batch at most (default 16)")
     a("--batch-tokens", type=int, default=16384, help="tokens of a micro-batch at most, with padding (default 16384)")
     a("--accumulate", type=int, default=4, help="micro-batches on each rank for one optimizer step (default 4)")
-    a("--lr", type=float, help="peak (default 1e-3 below 100 M parameters, else 1e-5)")
+    a("--lr", type=float, help="peak (default 3e-4 below 100 M parameters, else 1e-5)")
     a("--lr-head", type=float, help="peak for the head (default --lr)")
     a("--weight-decay", type=float, default=0.1, help="on matrices only (default 0.1)")
     a("--warmup", type=float, default=0.05, help="share of the steps (default 0.05); then a cosine down to a tenth")
@@ -363,7 +363,7 @@ def train(args, stop):
                                         gradient_as_bucket_view=True)
 
     # -------- optimizer: decay on matrices only, a learning rate of its own for the new head
-    lr = args.lr or (1e-3 if total < 100e6 else 1e-5)
+    lr = args.lr or (3e-4 if total < 100e6 else 1e-5)
     groups = [{"params": [p for n, p in prm.named_parameters() if p.requires_grad and (p.ndim > 1) == matrix
                           and n.startswith("head.") == head],
                "weight_decay": args.weight_decay * matrix, "peak": (args.lr_head or lr) if head else lr}

@@ -1,4 +1,4 @@
-"""Make the tiny world's language models again from nothing: tokenizer, policies, backbones.
+"""Make the tiny world's models again from nothing: tokenizer, policies, backbones, labelled rows, PRM.
 
     python tiny/make.py                          # every stage that is not done yet; restart it after a kill
     python tiny/make.py --stages tokenizer A     # some of them
@@ -7,16 +7,16 @@
 Each model is a Qwen2-architecture causal LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C)
 learn from careless authors, each with his own habits; backbones of four sizes learn from the careful one, who makes
 every kind of mistake and corrects it. Only the train split's problems are ever seen. One run is deterministic for a
-seed on one machine with a fixed number of threads. The PRM is trained by train.py, from labels that annotate.py makes.
+seed on one machine with a fixed number of threads. The PRM is trained by train.py, on labels that annotate.py makes.
 """
 import argparse
 import gzip
-import itertools
 import json
 import math
 import os
 import random
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -27,7 +27,9 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from prm_model import load_prm  # noqa: E402
 from tiny import world  # noqa: E402
 
 SEPARATOR = "\n"
@@ -43,7 +45,7 @@ MODELS = {
     "l": ("careful", 128, 6, 4, (1500, 2200), 64, 7),
 }
 
-STAGES = ["tokenizer", *MODELS, "rows"]
+STAGES = ["tokenizer", *MODELS, "rows", "prm"]
 
 
 def solution_text(steps):
@@ -168,30 +170,43 @@ def train_lm(name, tokenizer, out, threads):
     return record["minutes"]
 
 
-def make_rows(out, policy, problems, samples, seed=0):
-    """Stepwise rows for train.py: solutions sampled from a policy on train problems, with the true labels."""
-    from policy import load_policy
-    policy = load_policy(out / policy, seed=seed, max_step_tokens=40, max_steps=20)
-    partial = out / "rows.partial.gz"
-    with gzip.GzipFile(partial, "wb", mtime=0) as file:
-        for domain in ("math", "code"):
-            stream = world.problems(domain, "train", problems, seed=f"rows {seed}")
-            for some in iter(lambda: list(itertools.islice(stream, 256)), []):  # noqa: B023
-                roots = [policy.root(p["id"], p["question"], domain) for p in some]
-                for p, ends in zip(some, policy.complete(roots, samples)):
-                    for i, steps in enumerate(dict.fromkeys(tuple(e.steps()) for e in ends)):
-                        row = {"id": f"{p['id']}-{i}", "domain": domain, "source": "tiny world, policy A, true labels",
-                               "prompt": p["question"], "completions": steps, "labels": world.grade(p, steps)}
-                        file.write((json.dumps(row) + "\n").encode())
-                print(f"rows: {domain} up to {some[-1]['id']}, {policy.generated} tokens", flush=True)
-    os.replace(partial, out / "rows.jsonl.gz")
+ROWS = [("tiny-code", 11, 1200), ("tiny-math", 11, 1200), ("tiny-code", 12, 1600)]  # task, seed, problems
+
+
+def script(name, *flags):
+    subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], check=True)
+
+
+def make_rows(out):
+    """Stepwise rows for train.py: solutions of A on train problems, labelled by A, B and C (annotate.py)."""
+    rows = []
+    for task, seed, problems in ROWS:
+        part = out / f"rows-{task}-{seed}.partial.jsonl"
+        script("annotate.py", "--policies", *(out / x for x in "ABC"), "--task", task, "--seed", seed,
+               "--limit", problems, "--samples", 4, "--keep-unanimous", "--concurrent", 200, "--out", part, "--resume")
+        rows.append(part.read_bytes())
+    with gzip.GzipFile(out / "rows.partial.gz", "wb", mtime=0) as file:
+        file.write(b"".join(rows))
+    os.replace(out / "rows.partial.gz", out / "rows.jsonl.gz")
+    for part in out.glob("rows-*.partial.jsonl*"):
+        part.unlink()
+
+
+def make_prm(out):
+    """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is rare
+    in the rows, and the PRM misses twice as many first wrong steps as at 3e-4."""
+    script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
+           "--lr-head", 2e-3, "--val-samples", 300, "--out", out / "prm.partial", "--resume")
+    prm = load_prm(out / "prm.partial").half()
+    prm.format["base_model"] = "tiny/l"
+    prm.save(out / "prm")
+    shutil.rmtree(out / "prm.partial")
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the models")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    parser.add_argument("--problems", type=int, default=6000, help="of each domain, for the rows (6000)")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--overwrite", action="store_true", help="make a stage again that is done")
     args = parser.parse_args(argv)
@@ -204,9 +219,10 @@ def main(argv=None):
         if stage == "tokenizer":
             make_tokenizer(args.out / "tokenizer")
             continue
-        if stage == "rows":
-            torch.set_num_threads(args.threads)
-            make_rows(args.out, "A", problems=args.problems, samples=3)
+        if stage in ("rows", "prm"):
+            started = time.time()
+            (make_rows if stage == "rows" else make_prm)(args.out)
+            print(f"{stage}: {(time.time() - started) / 60:.1f} minutes")
             continue
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
         print(f"{stage}: {train_lm(stage, tokenizer, args.out, args.threads):.1f} minutes")
