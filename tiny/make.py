@@ -193,8 +193,8 @@ def make_rows(out):
 
 
 def make_prm(out):
-    """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is rare
-    in the rows, and the PRM misses twice as many first wrong steps as at 3e-4."""
+    """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is
+    rare in the rows."""
     script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
            "--lr-head", 2e-3, "--val-samples", 300, "--out", out / "prm.partial", "--resume")
     prm = load_prm(out / "prm.partial").half()
