@@ -58,7 +58,7 @@ LISTS = {"drop_first": lambda xs, n: xs[n:], "keep_first": lambda xs, n: xs[:n],
 RETURNS = {"sum": ("the sum of {x}", "sum({x})"), "len": ("the number of items of {x}", "len({x})"),
            "all": ("{x}", "{x}")}
 # Operations per problem, the knob of difficulty. Test problems are such that the shipped policy solves 30 to 60 %.
-STEPS = {"train": {"math": (5, 9), "code": (4, 7)}, "test": {"math": (5, 9), "code": (3, 5)}}
+STEPS = {"train": {"math": (5, 9), "code": (4, 7)}, "test": {"math": (5, 9), "code": (4, 6)}}
 
 # Habits: for the kinds of step on the left, an author writes the wrong thing on the right (see _habit_math, _code).
 SWAPS = {"last": {"drop_last": "keep_last", "keep_last": "drop_last"}, "bound": {"at_least": "more", "at_most": "less"},
