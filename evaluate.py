@@ -292,7 +292,8 @@ def fig2(bench, args):
                 points.append(point(f"{domain}, prm@{args.n}", int(folder.name[5:]),
                                     [prm_at(r, args.n, how=args.aggregate) for r in rows], prm=label))
         points += [{"series": "validation: step AUC", "x": e["step"], "value": e["auc"], "low": e["auc"],
-                    "high": e["auc"], "problems": None, "prm": label} for e in training_log(path).get("eval", []) if e["auc"]]
+                    "high": e["auc"], "problems": None, "prm": label}
+                   for e in training_log(path).get("eval", []) if e["auc"] is not None]
     return points, "training steps of the PRM", "accuracy", False
 
 

@@ -24,7 +24,7 @@ else
   : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=64}" "${EPOCHS:=5}" "${WIDTHS:=1x4 2x4 4x4 4x8}" "${SIMILAR:=60}"
 fi
 mkdir -p "$RUN"
-started=$SECONDS stage=0 stages=20
+started=$SECONDS stage=0 stages=19
 
 # run NAME FILE command ...: skipped when FILE is there; says how long it took, and how long the rest may take.
 run() {
