@@ -52,7 +52,8 @@ FREE = ("out", "resume", "overwrite", "plot", "device", "accumulate")  # may cha
 
 # One encoded solution. steps: which step (from 0) each label belongs to; where: file:line, for messages.
 Row = namedtuple("Row", "ids positions labels steps where")
-EMPTY = Row(torch.zeros(1, dtype=torch.long), *torch.zeros(3, 0).long(), "")  # one token, no label: a zero gradient
+NONE = torch.zeros(0, dtype=torch.long)
+EMPTY = Row(torch.zeros(1, dtype=torch.long), NONE, NONE.float(), NONE, "")  # one token, no label: a zero gradient
 
 
 # ---------------------------------------------------------------- rows in, tensors out
