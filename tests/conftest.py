@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the scripts that tests start: threads that share a core only spin
 
 import pytest
 import torch
