@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import search  # noqa: E402
 import tasks  # noqa: E402
+from evaluate import paired  # noqa: E402
 from policy import load_policy_flags  # noqa: E402
 from prm_model import load_prm  # noqa: E402
 from tiny import world  # noqa: E402
@@ -52,9 +53,8 @@ def auc(problems, same_position=False):
 
 
 def difference(name, a, b):
-    d = [float(x) - float(y) for x, y in zip(a, b)]
-    mean, se = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5
-    print(f"   {name:<52}{mean:+.3f} ± {1.96 * se:.3f}   {mean / se if se else 0:+.1f} standard errors")
+    mean, se, z = paired(a, b)
+    print(f"   {name:<52}{mean:+.3f} ± {1.96 * se:.3f}   {z:+.1f} standard errors")
     return mean, se
 
 
