@@ -284,19 +284,19 @@ def sample(logits, keys, t, temperature, top_p):
     Inverse transform: the first token at which the cumulative probability passes u. Ties and order are the
     vocabulary's, so equal logits and an equal key give an equal token. temperature 0 is greedy.
     """
-    logp = logits.float().log_softmax(-1)
+    logits = logits.float()
     if temperature == 0:
-        tokens = logp.argmax(-1)
+        tokens = logits.argmax(-1)
     else:
-        probs = (logits.float() / temperature).softmax(-1)
+        probs = (logits if temperature == 1 else logits / temperature).softmax(-1)
         if top_p < 1:  # the smallest set of most probable tokens whose mass reaches top_p
             ordered, order = probs.sort(-1, descending=True)
             ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
             probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
         mass = probs.cumsum(-1)
         u = uniform(keys, t).float()[:, None] * mass[:, -1:]
-        tokens = (mass <= u).sum(-1).clamp(max=probs.shape[-1] - 1)
-    return tokens, logp.gather(-1, tokens[:, None])[:, 0]
+        tokens = torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
 
 class Policy:
