@@ -18,7 +18,6 @@ Rollouts depend on the seed, the problem and the prefix alone: not on what else 
 
 A first wrong step is counted from 0; -1 means that there is none (as in ProcessBench), None that a voter abstains.
 """
-import argparse
 import itertools
 import json
 import math
@@ -32,7 +31,7 @@ from pathlib import Path
 
 import tasks
 from policy import add_policy_flags, load_policy_flags
-from rows import add_run_flags, check_run_flags, distributed, journaled, read_set, write_rows
+from rows import add_run_flags, check_run_flags, command_line, distributed, journaled, read_set, write_rows
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -316,11 +315,12 @@ def collect(args):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     a = parser.add_argument
     a("--policies", nargs="+", default=[str(TINY / x) for x in "ABC"], help="the LLMs that roll out and vote")
     a("--judge", help="an instruction LLM that votes by reading the solution")
     a("--sampler", help="the LLM that writes the solutions (default: the first of --policies)")
+    a("--sampler-temperature", type=float, help="of the solutions: higher for rarer mistakes (--temperature)")
     a("--samples", type=int, default=4, help="solutions a problem (4)")
     a("--data", nargs="+", help="existing solutions to annotate instead: JSONL files or hub sets")
     a("--format", choices=["auto", "stepwise", "prm800k", "math-shepherd"], default="auto", help="of --data")
@@ -368,7 +368,10 @@ def main(argv=None):
         for path in args.policies:
             name = Path(path).name if Path(path).name not in voters else path
             voters[name] = load_policy_flags(args, device, path)
-        sampler = load_policy_flags(args, device, args.sampler) if args.sampler else next(iter(voters.values()))
+        sampler = next(iter(voters.values()))
+        if args.sampler or args.sampler_temperature is not None:
+            heat = args.temperature if args.sampler_temperature is None else args.sampler_temperature
+            sampler = load_policy_flags(args, device, args.sampler or args.policies[0], temperature=heat)
         judge = load_policy_flags(args, device, args.judge, temperature=0, max_steps=1) if args.judge else None
     except (ValueError, OSError) as error:
         parser.error(str(error))

@@ -39,7 +39,7 @@ import search
 import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
-from rows import add_run_flags, check_run_flags, distributed, gather, journaled, read_rows, read_set
+from rows import add_run_flags, check_run_flags, command_line, distributed, gather, journaled, read_rows, read_set
 from train import auc_pairs
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -476,7 +476,7 @@ def read_samples(file):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     a = parser.add_argument
     a("--exhibit", choices=EXHIBITS)
     a("--samples", help="sample rows to evaluate instead of sampling")

@@ -13,7 +13,6 @@ folded into one logit, exactly), or any plain backbone, whose head is then untra
 
 Shapes: B solutions, T tokens, M labelled steps, h hidden size.
 """
-import argparse
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from policy import chunks, extend, load_pretrained
-from rows import read_rows
+from rows import command_line, read_rows
 
 HEAD_FILE = "prm_head.safetensors"
 # What the model card of Qwen/Qwen2.5-Math-PRM-7B asks for: its system prompt, and <extra_0> after every step.
@@ -252,7 +251,7 @@ def coloured(step, p):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")
     parser.add_argument("--question")
     parser.add_argument("--steps", nargs="+", help="the solution, one argument a step")

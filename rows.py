@@ -8,6 +8,7 @@ Sample rows (search.py and evaluate.py write and read; other projects' outputs c
     {"id", "domain", "question", "answer" or "tests", "picked": int, "cost": {...},
      "samples": [{"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool, "tokens": int}]}
 """
+import argparse
 import gzip
 import hashlib
 import json
@@ -116,6 +117,13 @@ def write_rows(file, rows):
     partial = Path(file).with_name(Path(file).name + ".partial")
     partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     os.replace(partial, file)
+
+
+def command_line(description):
+    """A parser whose errors are one line, without the usage of forty flags before it."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
+    return parser
 
 
 def add_run_flags(parser, limit=None):

@@ -12,7 +12,6 @@ the new nodes, with node.p set to the PRM's probability that the step is correct
 problems together and answers all their pending requests in one batch, so that the strategies can be read one problem
 at a time, as in the paper, and a GPU still sees full batches.
 """
-import argparse
 import json
 import math
 import statistics
@@ -28,7 +27,7 @@ from tqdm import tqdm
 import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
-from rows import add_run_flags, check_run_flags, distributed, journaled
+from rows import add_run_flags, check_run_flags, command_line, distributed, journaled
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -366,7 +365,7 @@ def add_search_flags(parser):
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward of a solution from its steps' p_t (prod)")
     a("--beam-score", choices=AGGREGATIONS, default="sum", help="beam: cumulative score of a path (sum, as the paper)")
     a("--weighted", action="store_true", help="majority: each vote weighs its solution's reward")
-    a("--prune", type=float, default=0.0, help="drop steps whose p_t is lower (0: none)")
+    a("--prune", type=float, default=0.2, help="beam, MCTS: drop steps whose p_t is lower, if others are left (0.2; 0: none)")
     a("--adaptive", action="store_true", help="more breadth where no step is surely right or PRMs disagree")
     a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; several are combined")
     a("--combine", choices=["mean", "min"], default="mean", help="several PRMs: average, or the most severe")
@@ -374,7 +373,7 @@ def add_search_flags(parser):
 
 
 def parse(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     a = parser.add_argument
     a("--strategy", required=True, choices=STRATEGIES)
     a("--tokens", type=int, default=None, help="budget: generated tokens a problem")

@@ -23,7 +23,6 @@ comes from sketches is a difference to S(Math, Code), added to its exact value. 
 dtype: A waits for its norm), and four fp32 vectors of the size of the weights, which --offload keeps in main memory.
 N responses, P weights, D numbers of a sketch, K = 4 sets, n problems of a domain, R bootstrap draws.
 """
-import argparse
 import json
 import math
 import random
@@ -41,7 +40,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import tasks
 from policy import add_policy_flags, chat_prompt, load_policy_flags, load_pretrained
 from prm_model import AGGREGATIONS, aggregate, load_prm
-from rows import distributed, gather, read_rows
+from rows import command_line, distributed, gather, read_rows
 
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]
 PAIRS = [(1, 3), (1, 2), (0, 3), (0, 2)]  # in the order of Table 2
@@ -270,7 +269,7 @@ def report(result, file=None):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     a = parser.add_argument
     a("--sets", nargs="+", help="JSONL: Math Math_PRM Code Code_PRM, or one or two files of sample rows with `picked`")
     a("--model", help="reference model F: folder or hub id (default: the policy)")

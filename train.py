@@ -16,7 +16,6 @@ fp32 weights, gradients and two moments take 16 bytes a parameter, over all rank
 
 Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
 """
-import argparse
 import itertools
 import json
 import math
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from prm_model import load_prm
-from rows import FORMATS, distributed, gather, load_data, read_rows, split, take_out
+from rows import FORMATS, command_line, distributed, gather, load_data, read_rows, split, take_out
 
 TINY = Path(__file__).parent / "tiny"
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16 FLOP/s
@@ -243,7 +242,7 @@ def shard(prm, device, bf16):
 # ---------------------------------------------------------------- the script
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     a = parser.add_argument_group("data").add_argument
     a("--data", nargs="+", metavar="SET[:SHARE]",
       help="JSONL files or hub sets, each optionally with its share of the mixture (default: the tiny world's rows)")
@@ -295,7 +294,7 @@ def main(argv=None):
     try:
         return train(args, stop)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"train.py: error: {error}\n")
+        parser.error(str(error))
     finally:
         signal.signal(signal.SIGTERM, before)
 

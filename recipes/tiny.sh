@@ -21,7 +21,7 @@ done
 if [ "$FAST" ]; then
   : "${PROBLEMS:=100}" "${LIMIT:=25}" "${SEEDS:=0}" "${N:=8}" "${SIMULATIONS:=16}" "${EPOCHS:=2}" "${WIDTHS:=1x4 4x4}" "${SIMILAR:=12}"
 else
-  : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=64}" "${EPOCHS:=5}" "${WIDTHS:=1x4 2x4 4x4 4x8}" "${SIMILAR:=60}"
+  : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
 fi
 mkdir -p "$RUN"
 started=$SECONDS stage=0 stages=19

@@ -15,7 +15,6 @@ search without, and the binary search with it, by one LLM (--policy) on the same
 --write makes rows-X.jsonl with X the labels of one LLM, of the consensus, or the truth: all of one size, as Table 3 of
 the paper has it; and of the consensus rows-math.jsonl and rows-code.jsonl, of one size too.
 """
-import argparse
 import json
 import random
 import statistics
@@ -29,7 +28,7 @@ import annotate  # noqa: E402
 import tasks  # noqa: E402
 from evaluate import interval  # noqa: E402
 from policy import load_policy  # noqa: E402
-from rows import read_rows  # noqa: E402
+from rows import command_line, read_rows  # noqa: E402
 from tiny import world  # noqa: E402
 
 
@@ -161,7 +160,7 @@ def write(records, problems, how, folder, seed):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--votes", required=True, help="OUT.votes of annotate.py on the tiny world's problems")
     parser.add_argument("--consensus", default="all", help="all, majority, or a number of voters")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write label sets there, too")
