@@ -365,7 +365,7 @@ def add_search_flags(parser):
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward of a solution from its steps' p_t (prod)")
     a("--beam-score", choices=AGGREGATIONS, default="sum", help="beam: cumulative score of a path (sum, as the paper)")
     a("--weighted", action="store_true", help="majority: each vote weighs its solution's reward")
-    a("--prune", type=float, default=0.2, help="beam, MCTS: drop steps whose p_t is lower, if others are left (0.2; 0: none)")
+    a("--prune", type=float, default=0.2, help="beam, MCTS: drop steps of lower p_t, if others are left (0.2)")
     a("--adaptive", action="store_true", help="more breadth where no step is surely right or PRMs disagree")
     a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; several are combined")
     a("--combine", choices=["mean", "min"], default="mean", help="several PRMs: average, or the most severe")

@@ -7,9 +7,7 @@
 #   bash recipes/tiny.sh --from-nothing   # makes the language models first (hours)
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUN=${RUN:-runs/tiny} PYTHON=${PYTHON:-python} PROCESSES=${PROCESSES:-2}
-MODELS=tiny FAST=
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+RUN=${RUN:-runs/tiny} PROCESSES=${PROCESSES:-2} MODELS=tiny FAST=
 for flag in "$@"; do
   case $flag in
     --fast) FAST=1 RUN=$RUN-fast ;;
@@ -23,37 +21,23 @@ if [ "$FAST" ]; then
 else
   : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
 fi
-mkdir -p "$RUN"
-started=$SECONDS stage=0 stages=19
-
-# run NAME FILE command ...: skipped when FILE is there; says how long it took, and how long the rest may take.
-run() {
-  local name=$1 made=$2 begun=$SECONDS
-  shift 2
-  stage=$((stage + 1))
-  if [ -e "$made" ]; then echo "[$stage/$stages] $name: done already"; return; fi
-  echo "[$stage/$stages] $name: $*"
-  "$@" > "$RUN/$name.log" 2>&1 || { tail -n 20 "$RUN/$name.log" >&2; echo "stopped in $name; see $RUN/$name.log" >&2; exit 1; }
-  local spent=$((SECONDS - started))
-  echo "[$stage/$stages] $name took $((SECONDS - begun)) s; $((spent / 60)) min so far, about" \
-       "$((spent * (stages - stage) / stage / 60)) min left if the other stages are like these"
-}
-ranks() { $PYTHON -m torch.distributed.run --standalone --nproc_per_node="$PROCESSES" "$@"; }
+stages=19
+. recipes/stages.sh
 train() {  # train NAME ROWS BACKBONE [flags]
   local name=$1 data=$2 backbone=$3
   shift 3
-  run "train-$name" "$RUN/prm-$name/done" bash -c "'$PYTHON' train.py --data '$data' --model '$backbone' \
-    --out '$RUN/prm-$name' --epochs $EPOCHS --lr 3e-4 --lr-head 2e-3 --val-fraction 0.1 --dtype float32 --resume $* && touch '$RUN/prm-$name/done'"
+  run "train-$name" $PYTHON train.py --data "$data" --model "$backbone" --out "$RUN/prm-$name" --epochs "$EPOCHS" \
+    --lr 3e-4 --lr-head 2e-3 --val-fraction 0.1 --dtype float32 --resume "$@"
 }
 
-[ "$MODELS" = tiny ] || run make "$MODELS/l/config.json" $PYTHON tiny/make.py --out "$MODELS" --stages tokenizer A B C xs s m l
+[ "$MODELS" = tiny ] || run make $PYTHON tiny/make.py --out "$MODELS" --stages tokenizer A B C xs s m l
 A=$MODELS/A B=$MODELS/B C=$MODELS/C
 
 # §2.1: solutions of A, labelled by A, B and C; and the noise of those labels
-run annotate "$RUN/aslaf.jsonl" ranks annotate.py --policies "$A" "$B" "$C" --limit "$PROBLEMS" --samples 4 --keep-unanimous \
+run annotate ranks annotate.py --policies "$A" "$B" "$C" --limit "$PROBLEMS" --samples 4 --keep-unanimous \
   --out "$RUN/aslaf.jsonl" --resume --json "$RUN/annotate.json"
 # their noise, and the label sets of Figure 3, all of one size: one LLM's labels, the consensus, the truth as a bound
-run labels "$RUN/labels.json" $PYTHON tiny/labels.py --votes "$RUN/aslaf.jsonl.votes" --write "$RUN" --json "$RUN/labels.json"
+run labels $PYTHON tiny/labels.py --votes "$RUN/aslaf.jsonl.votes" --write "$RUN" --json "$RUN/labels.json"
 
 # §2.2: PRMs of four sizes, of three label sets, of one domain each
 for size in xs s m; do train $size "$RUN/rows-consensus.jsonl" "$MODELS/$size"; done
@@ -65,7 +49,7 @@ for domain in math code; do train $domain "$RUN/rows-$domain.jsonl" "$MODELS/l";
 evaluate() {  # evaluate EXHIBIT flags
   local exhibit=$1
   shift
-  run "$exhibit" "$RUN/$exhibit.md" ranks evaluate.py --exhibit "$exhibit" --policy "$A" --limit "$LIMIT" --seeds $SEEDS --N "$N" \
+  run "$exhibit" ranks evaluate.py --exhibit "$exhibit" --policy "$A" --limit "$LIMIT" --seeds $SEEDS --N "$N" \
     --out "$RUN" "$@"
 }
 P=$RUN/prm
@@ -76,5 +60,5 @@ evaluate fig4 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
 evaluate fig5 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
 evaluate fig6 --prm "$P-l"
 evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms Math="$P-math" Code="$P-code" both="$P-l"
-run similarity "$RUN/similarity.json" $PYTHON similarity.py --policy "$A" --prm "$P-l" --limit "$SIMILAR" --json "$RUN/similarity.json"
+run similarity $PYTHON similarity.py --policy "$A" --prm "$P-l" --limit "$SIMILAR" --json "$RUN/similarity.json"
 echo "all done in $(((SECONDS - started) / 60)) min: figures and tables are in $RUN"
