@@ -352,9 +352,6 @@ def parse(argv):
         parser.error(f"--consensus: all, majority, or 1 to {voters}, not {args.consensus}")
     if args.labels == "soft" and (args.search != "linear" or args.stop == "hard"):
         parser.error("--labels soft needs every value: --search linear --stop none (or soft)")
-    out = Path(args.out) if args.out else None
-    if out and not (args.resume or args.overwrite) and list(out.parent.glob(out.name + ".votes*")):
-        parser.error(f"{out}.votes exists, of a run that was killed: pass --resume to go on, or --overwrite")
     return parser, args
 
 

@@ -12,6 +12,7 @@
            fig3  prm@N against N for label sets      --prms PRM800K=... Math-Shepherd=... ASLAF=...
            fig4  accuracy against generated tokens, fig5 against seconds, for the four strategies
            fig6  a solution with a self-correction, scored (Figures 6 and 8)
+           curves  losses and validation figures     --prms runs/prm
            table1  --policies A=... B=... x majority, --prms Math=... Code=... on code tasks
 
 prm@N      is the sample with the highest aggregated score right?  maj@N: is the most frequent answer?  wmaj@N: the same
@@ -378,8 +379,19 @@ def table1(bench, args):
     return points, "N", "accuracy", False
 
 
+def curves(bench, args):
+    """What train.py logged: the losses, and the validation figures in whose leap Figure 2 sees an emergence."""
+    points = []
+    for label, path in named(args.prms).items():
+        drawn = [("train", "loss"), *(("eval", k) for k in ("loss", "auc", "auc_within", "accuracy", "f1_wrong"))]
+        for kind, key in drawn:
+            points += [{"series": f"{label}, {kind} {key}", "x": row["step"], "value": row[key], "low": row[key],
+                        "high": row[key]} for row in training_log(path).get(kind, ()) if row[key] is not None]
+    return points, "optimizer step", "loss in nats, or share", False
+
+
 EXHIBITS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": partial(fig4, axis="seconds"),
-            "fig6": fig6, "table1": table1}
+            "fig6": fig6, "curves": curves, "table1": table1}
 
 
 def draw(name, points, x_label, y_label, log_x, out):
@@ -504,7 +516,7 @@ def parse(argv):
         args.widths = [(int(k), int(m)) for k, m in (w.split("x") for w in args.widths)]
     except ValueError:
         parser.error("--widths: KxM, as in 4x4")
-    if args.exhibit in ("fig1", "fig2", "fig3", "table1") and not args.prms:
+    if args.exhibit in ("curves", "fig1", "fig2", "fig3", "table1") and not args.prms:
         parser.error(f"--exhibit {args.exhibit} needs --prms LABEL=FOLDER ... (recipes/tiny.sh trains them)")
     return parser, args
 

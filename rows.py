@@ -144,8 +144,11 @@ def check_run_flags(parser, args, *positive):
     for name in ("limit", *positive):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if args.out and Path(args.out).exists() and not (args.resume or args.overwrite):
-        parser.error(f"{args.out} exists: pass --resume to go on with it, or --overwrite")
+    if args.out and not (args.resume or args.overwrite):
+        out = Path(args.out)  # a run that was killed leaves out.part0, or out.votes.part0
+        for file in (out, *out.parent.glob(out.name + ".votes*"), *out.parent.glob(out.name + ".part*")):
+            if file.exists():
+                parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
 
 
 def take_out(out, resume, overwrite, needed):

@@ -6,8 +6,9 @@
         --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm          # add --fsdp from 14B on
 
 --out becomes the PRM itself (`--prm runs/prm` of the other scripts): always the best one so far by validation. Beside
-it grow log.jsonl (one line a step; rows of kind start, train, eval, end) and, until the run has ended, checkpoint-STEP
-(weights, moments, counters), from which --resume goes on with the very losses of a run that was never stopped.
+it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them) and, until
+the run has ended, checkpoint-STEP (weights, moments, counters), from which --resume goes on with the very losses of a
+run that was never stopped.
 
 One optimizer step is --accumulate micro-batches on each rank; a micro-batch is at most --batch-size rows and at most
 --batch-tokens tokens, padding included. All randomness is a function of (--seed, epoch, number of the micro-batch):
@@ -47,7 +48,7 @@ from rows import FORMATS, command_line, distributed, gather, load_data, read_row
 
 TINY = Path(__file__).parent / "tiny"
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16 FLOP/s
-FREE = ("out", "resume", "overwrite", "plot", "device", "accumulate")  # may change at --resume
+FREE = ("out", "resume", "overwrite", "device", "accumulate")  # may change at --resume
 
 # One encoded solution. steps: which step (from 0) each label belongs to; where: file:line, for messages.
 Row = namedtuple("Row", "ids positions labels steps where")
@@ -171,24 +172,6 @@ def step_flops(N, config, lengths, frozen):
     return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
 
 
-def plot(out):
-    """OUT/log.jsonl -> OUT/curves.png: the losses, and the validation figures whose leap is Figure 2's emergence."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    log = [row for _, row in read_rows(Path(out) / "log.jsonl")]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.5))
-    for axis, kind, keys in zip(axes[[0, 0, 1]], ("train", "eval", "eval"),
-                                (["loss"], ["loss"], ["auc", "auc_within", "accuracy", "f1_wrong"])):
-        rows = [row for row in log if row["kind"] == kind]
-        axis.plot([r["step"] for r in rows], [[r[k] for k in keys] for r in rows], label=[f"{kind} {k}" for k in keys])
-        axis.set(xscale="symlog", xlabel="optimizer step")
-        axis.legend()
-    figure.tight_layout()
-    figure.savefig(Path(out) / "curves.png", dpi=150)
-    plt.close(figure)
-
-
 # ---------------------------------------------------------------- files
 
 def save_prm(out, prm, model, master, best, snapshot=None):
@@ -282,7 +265,6 @@ def main(argv=None):
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
     a("--checkpointing", action="store_true", help="recompute activations layer by layer: less memory, a third slower")
     a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
-    a("--plot", action="store_true", help="draw OUT/curves.png in the end")
     args = parser.parse_args(argv)
     for name in "batch_size batch_tokens accumulate epochs max_steps eval_every samples val_samples max_length".split():
         if getattr(args, name) is not None and getattr(args, name) < 1:
@@ -484,8 +466,6 @@ def train(args, stop):
     if master:
         for old in out.glob("checkpoint*"):
             shutil.rmtree(old)
-        if args.plot:
-            plot(out)
         print(f"the best PRM, of step {progress['best_step']}, is in {out}")
     gather("a barrier: OUT is whole when any rank returns")
     return result

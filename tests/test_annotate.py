@@ -2,7 +2,6 @@
 import itertools
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
@@ -119,43 +118,47 @@ def test_the_judge_is_read_strictly(text, want):
     assert parse_verdict(text, T=4) == want
 
 
-def run(*flags):
-    return subprocess.run([sys.executable, "annotate.py", "--policies", str(TINY / "A"), "--limit",
-                           "4", "--samples", "2", "--keep-unanimous", "--k", "2", "--dtype", "float32", *flags],
-                          cwd=ROOT, text=True, capture_output=True)
+SMALL = ["--policies", str(TINY / "A"), "--limit", "4", "--samples", "2", "--keep-unanimous", "--k", "2", "--dtype",
+         "float32"]
+
+
+def fails(flags, capsys):
+    """The last line of what the script says as it exits."""
+    with pytest.raises(SystemExit) as stop:
+        annotate.main(flags)
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def lines(file):
     return [json.loads(x) for x in file.read_text().splitlines()]
 
 
-def test_killed_and_resumed_and_two_ranks_are_one_whole_run(tmp_path):
-    flags = ["--policies", str(TINY / "A"), str(TINY / "A"), "--concurrent", "2"]
+def test_killed_and_resumed_and_two_ranks_are_one_whole_run(tmp_path, capsys):
+    flags = [*SMALL, "--policies", str(TINY / "A"), str(TINY / "A"), "--concurrent", "2"]
     whole, killed, two = (tmp_path / f"{x}.jsonl" for x in ("whole", "killed", "two"))
-    done = run(*flags, "--out", str(whole))
-    assert done.returncode == 0, done.stderr
+    annotate.main([*flags, "--out", str(whole)])
     assert lines(whole) and len(lines(tmp_path / "whole.jsonl.votes")) == 16
     for row in lines(whole):
         place = row["first_error"]
         assert row["labels"] == [place < 0 or t < place for t in range(len(row["completions"]))]
         assert set(row["votes"].values()) == {place}
 
-    process = subprocess.Popen([sys.executable, *done.args[1:-1], str(killed)], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "annotate.py", *flags, "--out", str(killed)], cwd=ROOT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     part = tmp_path / "killed.jsonl.votes.part0"
     while not part.exists() and process.poll() is None:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert "pass --resume" in run(*flags, "--out", str(killed)).stderr
+    assert "pass --resume" in fails([*flags, "--out", str(killed)], capsys)
     with open(part, "a") as file:
         file.write('{"id": "half a li')
-    assert run(*flags, "--out", str(killed), "--resume").returncode == 0
+    annotate.main([*flags, "--out", str(killed), "--resume"])
     assert killed.read_text() == whole.read_text()
 
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", *done.args[1:-1], str(two)]
-    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "annotate.py", *flags, "--out",
+                    str(two)], cwd=ROOT, check=True)
     assert two.read_text() == whole.read_text()
 
 
@@ -166,8 +169,7 @@ def test_what_cannot_be_annotated_is_counted_and_costs_nothing_else(tmp_path):
             {"prompt": "What is seven?", "completions": ["Answer: 7"], "labels": [True], "answer": "7"}]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     out = tmp_path / "out.jsonl"
-    done = run("--data", str(data), "--out", str(out), "--vote-labels", "--consensus", "1")
-    assert done.returncode == 0, done.stderr
+    annotate.main([*SMALL, "--data", str(data), "--out", str(out), "--vote-labels", "--consensus", "1"])
     assert [r["dropped"] for r in lines(tmp_path / "out.jsonl.votes")] == [None, "too short", "no answer is known"]
     assert [r["completions"] for r in lines(out)] == [rows[0]["completions"]]
 
@@ -188,6 +190,5 @@ def test_an_unfinished_solution_and_a_judge_that_times_out(monkeypatch):
 @pytest.mark.parametrize("flags, message", [(["--k", "0"], "--k must be positive"), (["--consensus", "4"], "1 to 3"),
                                             (["--labels", "soft"], "--search linear"),
                                             (["--policies", "nowhere"], "nowhere")])
-def test_bad_flags_are_one_line(flags, message):
-    done = subprocess.run([sys.executable, "annotate.py", *flags], cwd=ROOT, text=True, capture_output=True)
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+def test_bad_flags_are_one_line(flags, message, capsys):
+    assert message in fails(flags, capsys)

@@ -1,7 +1,6 @@
 """Metrics by hand and against brute force; the exhibits and saved samples, small and end to end."""
 import itertools
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -81,40 +80,40 @@ def test_first_errors_by_hand():
     assert (silent["erroneous"], silent["correct"], silent["F1"], silent["step F1"]) == (0, 1, 0, 0)  # no 0 / 0
 
 
-def script(*flags, ranks=0):
-    command = [sys.executable, *(["-m", "torch.distributed.run", f"--nproc_per_node={ranks}"] if ranks else []),
-               "evaluate.py", *flags]
-    return subprocess.run(command, cwd=ROOT, text=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_two_ranks_are_one_and_a_rerun_does_nothing_again(tmp_path):
-    flags = ["--limit", "3", "--N", "4", "--strategies", "best_of_n", "beam", "--dtype", "float32", "--concurrent", "2"]
-    figures = []
-    for ranks in (0, 2):
-        done = script(*flags, "--out", str(tmp_path / f"out{ranks}"), "--json", str(tmp_path / "x.json"), ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        figures.append(json.loads((tmp_path / "x.json").read_text()))
+def test_two_ranks_are_one_and_a_rerun_does_nothing_again(tmp_path, monkeypatch):
+    flags = ["--limit", "3", "--N", "4", "--strategies", "best_of_n", "beam", "--dtype", "float32", "--concurrent", "2",
+             "--policy", str(TINY / "A")]
+    one, two = ([*flags, "--out", str(tmp_path / x), "--json", str(tmp_path / f"{x}.json")] for x in ("one", "two"))
+    evaluate.main(one)
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "evaluate.py", *two], cwd=ROOT,
+                   check=True)
+    figures = [json.loads((tmp_path / f"{x}.json").read_text()) for x in ("one", "two")]
     assert figures[0]["metrics"] == figures[1]["metrics"] and figures[0]["beam"] == figures[1]["beam"]
     assert set(figures[0]["metrics"]["math"]["pass"]) == {"1", "2", "4"}
-    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "out0" / "done").iterdir()}
-    assert len(before) == 2
-    done = script(*flags, "--out", str(tmp_path / "out0"), "--policy", str(TINY / "A"))
-    assert done.returncode == 0 and "best_of_n:" not in done.stderr  # no progress bar: nothing was sampled
+    assert len(list((tmp_path / "one" / "done").iterdir())) == 2
+    monkeypatch.setattr(evaluate.search, "solve", None)  # a second run searches nothing
+    evaluate.main(one)
+    assert json.loads((tmp_path / "one.json").read_text()) == figures[0]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A folder that the exhibits share: what one has sampled and searched, the next need not."""
+    return tmp_path_factory.mktemp("bench")
 
 
 @pytest.mark.parametrize("exhibit", ["fig4", "fig5", "fig6", "fig3", "table1"])
-def test_exhibits_are_drawn(exhibit, tmp_path):
+def test_exhibits_are_drawn(exhibit, bench):
     many = exhibit == "fig6"  # self-corrections that end right are rare
-    done = script("--exhibit", exhibit, "--limit", "25" if many else "8", "--n", "16" if many else "4", "--widths",
-                  "1x2", "--simulations", "2", "--prms", f"Tiny={TINY / 'prm'}",
-                  "--policies", f"A={TINY / 'A'}", "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    points = [json.loads(x) for x in (tmp_path / f"{exhibit}.jsonl").read_text().splitlines()]
+    evaluate.main(["--exhibit", exhibit, "--limit", "25" if many else "8", "--n", "16" if many else "4", "--widths",
+                   "1x2", "--simulations", "2", "--prms", f"Tiny={TINY / 'prm'}", "--policies", f"A={TINY / 'A'}",
+                   "--out", str(bench)])
+    points = [json.loads(x) for x in (bench / f"{exhibit}.jsonl").read_text().splitlines()]
     assert points and all(p["low"] <= p["value"] <= p["high"] for p in points)
-    assert len((tmp_path / f"{exhibit}.md").read_text().splitlines()) == len(points) + 2
+    assert len((bench / f"{exhibit}.md").read_text().splitlines()) == len(points) + 2
     if exhibit != "table1":
-        assert (tmp_path / f"{exhibit}.png").stat().st_size > 5000
-        assert "<svg" in (tmp_path / f"{exhibit}.svg").read_text()
+        assert (bench / f"{exhibit}.png").stat().st_size > 5000
+        assert "<svg" in (bench / f"{exhibit}.svg").read_text()
     if exhibit == "fig6":
         assert any("ait" in p["step"] for p in points)
 
@@ -124,8 +123,7 @@ def test_saved_samples_of_anybody(tmp_path):
     sample = {"steps": ["6+1=7", "Answer: 7"], "scores": [0.9, 0.8]}
     file.write_text(json.dumps({"id": 1, "question": "What is seven?", "answer": "7", "samples": [
         sample, {"steps": ["Answer: 8"], "scores": [0.1]}]}) + "\n")
-    done = script("--samples", str(file), "--json", str(tmp_path / "x.json"), "--out", str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    evaluate.main(["--samples", str(file), "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)])
     metrics = json.loads((tmp_path / "x.json").read_text())["metrics"]["math"]
     assert metrics["pass"]["1"]["value"] == 0.5 and metrics["prm by prod"]["2"]["value"] == 1
     for bad, message in (({"id": 1, "question": "q", "samples": [{"steps": ["a"], "scores": [1, 1]}]}, ":2: 2 scores"),
@@ -146,15 +144,16 @@ def test_first_errors_of_processbench_rows(tmp_path):
                      "final_answer_correct": labels[-1], "label": labels.index(False) if False in labels else -1})
     file = tmp_path / "pb.json"
     file.write_text(json.dumps(rows))
-    done = script("--first-error", "processbench", "--data", str(file), "--json", str(tmp_path / "x.json"), "--out",
-                  str(tmp_path))
-    assert done.returncode == 0, done.stderr
+    evaluate.main(["--first-error", "processbench", "--data", str(file), "--json", str(tmp_path / "x.json"), "--out",
+                   str(tmp_path)])
     f = json.loads((tmp_path / "x.json").read_text())["first_error"]
     assert f["F1"] > f["F1 of chance"] + 0.2 and 0 < f["threshold"] < 1 and f["step AUC"] > 0.8
 
 
 @pytest.mark.parametrize("flags, message", [(["--exhibit", "fig1"], "--prms"), (["--widths", "4"], "KxM"),
                                             (["--n", "0"], "--n must be"), (["--policy", "nowhere"], "nowhere")])
-def test_bad_flags_are_one_line(flags, message, tmp_path):
-    done = script(*flags, "--limit", "1", "--out", str(tmp_path))
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+def test_bad_flags_are_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main([*flags, "--limit", "1", "--out", str(tmp_path)])
+    [line] = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
+    assert stop.value.code == 2 and message in line

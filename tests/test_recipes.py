@@ -10,13 +10,14 @@ from conftest import ROOT
 def test_the_qwen_recipe_runs_with_two_ranks_and_fsdp(tmp_path):
     """qwen_8gpu.sh sets sizes and calls qwen_1gpu.sh: so this runs every line of both."""
     errors = tmp_path / "errors.json"
-    errors.write_text(json.dumps([{"id": f"gsm8k-{i}", "generator": "x", "problem": f"Ann has {i} pens. How many now?",
+    errors.write_text(json.dumps([{"id": f"gsm8k-{i}", "generator": "x", "problem": f"Ann has {i} pens. Now?",
                                    "steps": [f"January: {i}+2={i + 2}", "Answer: 3"], "final_answer_correct": False,
                                    "label": i % 3 - 1} for i in range(12)]))
     run = tmp_path / "run"
     settings = dict(PYTHON=sys.executable, RUN=run, PROCESSES=2, POLICY="tiny/A", VOTERS="tiny/A tiny/C",
-                    BASE="tiny/xs", TASK="tiny-math", CODETASK="tiny-code", PROBLEMS=16, LIMIT=2, N=4, K=2, DTYPE="float32",
-                    TOKENS=32, STEPS=12, EPOCHS=1, VALIDATION=0.3, ERRORS=errors, STRATEGIES="best_of_n majority beam")
+                    BASE="tiny/xs", TASK="tiny-math", CODETASK="tiny-code", ERRORS=errors,
+                    STRATEGIES="best_of_n majority beam", PROBLEMS=16, LIMIT=2, N=4, K=2, TOKENS=32, STEPS=12, EPOCHS=1,
+                    VALIDATION=0.3, DTYPE="float32")
     env = {**os.environ, **{k: str(v) for k, v in settings.items()}}
     command = ["bash", str(ROOT / "recipes" / "qwen_8gpu.sh")]
     subprocess.run(command, env=env, check=True, capture_output=True, text=True)

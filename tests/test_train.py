@@ -14,6 +14,7 @@ import torch
 import torch.multiprocessing as mp
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
+import evaluate
 import train
 from prm_model import load_prm
 from rows import from_math_shepherd, from_prm800k, held_out, load_data, read_set
@@ -291,14 +292,14 @@ def test_help(capsys):
 @pytest.fixture(scope="module")
 def whole(home):
     """An uninterrupted run with dropout."""
-    result = train.main(flags(home, home / "whole", "--plot"))
+    result = train.main(flags(home, home / "whole"))
     return home / "whole", result
 
 
 def test_a_run_leaves_its_best_prm(home, whole):
     out, result = whole
     assert sorted(f.name for f in out.iterdir()) == [
-        "config.json", "curves.png", "log.jsonl", "model.safetensors", "prm_head.safetensors", "tokenizer.json",
+        "config.json", "log.jsonl", "model.safetensors", "prm_head.safetensors", "tokenizer.json",
         "tokenizer_config.json"]
     evals = {r["step"]: r["loss"] for r in read_log(out, "eval")}
     assert list(evals) == [0, 1, 2, 3, 4, 6, 8]  # the powers of two, and each third
@@ -315,6 +316,9 @@ def test_a_run_leaves_its_best_prm(home, whole):
     assert end["flops"] == 6 * start["N"] * end["tokens"]
     again = train.main(flags(home, out, "--resume"))
     assert again is None  # ended: nothing to do
+    evaluate.main(["--exhibit", "curves", "--prms", f"it={out}", "--out", str(home / "curves")])
+    drawn = [json.loads(x) for x in (home / "curves" / "curves.jsonl").read_text().splitlines()]
+    assert {p["x"]: p["value"] for p in drawn if p["series"] == "it, eval loss"} == evals
 
 
 class Killed(Exception):
