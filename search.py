@@ -326,7 +326,7 @@ def show(search, row):
 def report(rows, args):
     """Print the table of each domain; returns the summary that --json writes."""
     name = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}", "mcts": "MCTS",
-            "majority": f"majority of {args.n}"}[args.strategy]
+            "majority": f"majority of {args.n}"}.get(args.strategy, args.strategy)
     summary = {}
     for domain in sorted({r["domain"] for r in rows}, reverse=True):
         own = [r for r in rows if r["domain"] == domain]
@@ -413,7 +413,7 @@ def main(argv=None):
     def make(some):
         searches, rows = solve(some, args.strategy, policy, prms, args)
         pools = rows
-        if args.strategy in ("beam", "mcts"):  # what the same tokens buy without search
+        if args.strategy not in ("best_of_n", "majority"):  # what the same tokens buy without search
             _, pools = solve(some, "best_of_n", policy, prms, args, budgets=[max(1, s.spent) for s in searches])
         for row, pool in zip(rows, pools):
             row["compared"] = compare(row, pool)
