@@ -234,6 +234,8 @@ def read_sets(files, limit, separator):
                     if not isinstance(s["steps"], list) or not isinstance(question, str):
                         raise TypeError("the question must be a text, a response a list of texts")
                     text = separator.join(s["steps"])
+                    if not text.strip():
+                        raise ValueError("an empty response")
                     sets = {k} if len(files) == 4 else {2 * side, 2 * side + (i == row["picked"])}
                     if len(files) == 4 and k % 2 and (side, question, text) in where:  # in the file of all, too
                         where.pop((side, question, text)).sets.add(k)
@@ -279,7 +281,7 @@ def main(argv=None):
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
     a("--phrases", nargs="+", default=["wait", "however", "let me check"], help="of self-correction")
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code, from tasks.py")
-    a("--n", type=int, default=8, help="responses sampled for each problem (8)")
+    a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
     a("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward of a response from its steps' p_t (prod)")
     add_policy_flags(parser, str(Path(__file__).parent / "tiny" / "A"))

@@ -146,7 +146,7 @@ def test_overlong_responses_are_cut_and_counted(tokenizer):
 
 @pytest.mark.parametrize("text, want", [
     ("", "no responses in Math, Math_PRM, Code, Code_PRM"),
-    ('{"domain": "math", "question": "q", "picked": 0, "samples": [{"steps": [""]}]}\n', "no token of the response"),
+    ('{"domain": "math", "question": "q", "picked": 0, "samples": [{"steps": [""]}]}\n', "rows.jsonl:1: an empty"),
     ('{"domain": "math", "question": "q", "samples": [{"steps": ["a"]}]}\n', "rows.jsonl:1: no field 'picked'"),
     ('{"domain": "math", "question": "q", "picked": 0, "samples": []}\n{"prompt', "rows.jsonl:2: not JSON"),
     ('{"prompt": "q", "domain": "math", "completions": [1]}\n', "rows.jsonl:1: sequence item 0"),
@@ -158,12 +158,15 @@ def test_errors_are_one_line(tmp_path, lm_folder, capsys, text, want):
     assert want in capsys.readouterr().err.strip().splitlines()[-1]
 
 
-def test_two_ranks_give_what_one_gives(tmp_path, lm_folder):
-    arguments = ["--model", str(lm_folder), "--sets", write(tmp_path / "rows.jsonl", ROWS), "--json"]
+def test_two_ranks_give_what_one_gives(tmp_path):
+    """From sampling, judging and selecting to the gradients."""
+    arguments = ["--limit", "3", "--N", "3", "--json"]
     similarity.main([*arguments, str(tmp_path / "1")])
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
                     ROOT / "similarity.py", *arguments, tmp_path / "2"], check=True, capture_output=True, cwd=tmp_path,
                    env={**os.environ, "OMP_NUM_THREADS": "1"})
-    one, two = (json.loads((tmp_path / name).read_text())["table"] for name in "12")
+    one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
+    assert one["responses"] == two["responses"] == {"Math": 9, "Math_PRM": 3, "Code": 9, "Code_PRM": 3}
+    one, two = one["table"], two["table"]
     for a, b in zip(one.values(), two.values(), strict=True):
         assert [a["S"], *a["interval"]] == pytest.approx([b["S"], *b["interval"]], abs=1e-4)

@@ -170,7 +170,10 @@ def train_lm(name, tokenizer, out, threads):
     return record["minutes"]
 
 
-ROWS = [("tiny-code", 11, 1200), ("tiny-math", 11, 1200), ("tiny-code", 12, 1600)]  # task, seed, problems
+# Task, seed, problems, temperature of the solutions. The hot ones are full of mistakes that no author makes, broken
+# lines above all: a PRM that has never seen any takes them for right.
+ROWS = [("tiny-code", 11, 1200, 1.0), ("tiny-math", 11, 1200, 1.0), ("tiny-code", 12, 1600, 1.0),
+        ("tiny-code", 13, 400, 1.4), ("tiny-math", 13, 400, 1.4)]
 
 
 def script(name, *flags):
@@ -180,10 +183,11 @@ def script(name, *flags):
 def make_rows(out):
     """Stepwise rows for train.py: solutions of A on train problems, labelled by A, B and C (annotate.py)."""
     rows = []
-    for task, seed, problems in ROWS:
+    for task, seed, problems, heat in ROWS:
         part = out / f"rows-{task}-{seed}.partial.jsonl"
         script("annotate.py", "--policies", *(out / x for x in "ABC"), "--task", task, "--seed", seed,
-               "--limit", problems, "--samples", 4, "--keep-unanimous", "--concurrent", 200, "--out", part, "--resume")
+               "--limit", problems, "--sampler-temperature", heat, "--samples", 4, "--keep-unanimous",
+               "--concurrent", 200, "--out", part, "--resume")
         rows.append(part.read_bytes())
     with gzip.GzipFile(out / "rows.partial.gz", "wb", mtime=0) as file:
         file.write(b"".join(rows))
