@@ -1,5 +1,7 @@
-"""What the tree cache buys: beam search with it, against re-encoding every prefix as the usual implementations do, and
-best-of-N against model.generate. Same models, same seeds, one run.
+"""What the tree cache buys: beam search with it, against re-encoding every prefix of every candidate as the usual
+implementations do (search-and-learn's beam_search.py makes a prompt of each copy of each beam; its PRM reads each whole
+path again, and what the policy's prompts share is left to vLLM), and best-of-N against model.generate. Same models,
+same seeds, one run.
 
     python benchmarks/search_cache.py                # the tiny models, and a random Qwen2 of 4 layers, 256 wide
 
@@ -30,11 +32,13 @@ class ReEncoding:
         self.policy, self.prm, self.prefilled, self.tokens = policy, prm, 0, 0
 
     def propose(self, nodes, counts):
-        flat = [Node(n.root().text, ids=[i for x in [n.root(), *n.path()] for i in x.ids], key=n.key, drawn=n.drawn,
-                     depth=n.depth, domain=n.domain) for n in nodes]
-        groups = self.policy.propose(flat, counts)
-        for node, copy, group in zip(nodes, flat, groups):
-            node.drawn = copy.drawn
+        """Each candidate is a prompt of its own, from the question's first token on."""
+        flat = [Node(n.root().text, ids=[i for x in [n.root(), *n.path()] for i in x.ids], key=n.key, drawn=n.drawn + j,
+                     depth=n.depth, domain=n.domain) for n, count in zip(nodes, counts) for j in range(count)]
+        found = iter(self.policy.propose(flat, 1))
+        groups = [[child for _ in range(count) for child in next(found)] for count in counts]
+        for node, group in zip(nodes, groups):
+            node.drawn += len(group)
             for child in group:
                 child.parent = node
                 child.kv.clear()
