@@ -16,7 +16,8 @@ VOTERS=${VOTERS:-$POLICY} CODER=${CODER:-$POLICY} REFERENCE=${REFERENCE:-${SERVE
 TASK=${TASK:-gsm8k} CODETASK=${CODETASK:-humaneval+} ERRORSET=${ERRORSET:-processbench}
 TRAIN=${TRAIN:-} TEST=${TEST:-} CODE=${CODE:-} ERRORS=${ERRORS:-}
 PROBLEMS=${PROBLEMS:-2000} LIMIT=${LIMIT:-500} N=${N:-8} K=${K:-8} TOKENS=${TOKENS:-128} STEPS=${STEPS:-8}
-EPOCHS=${EPOCHS:-2} VALIDATION=${VALIDATION:-0.1} LR=${LR:-1e-5} BATCH=${BATCH:-16384} TRAINING=${TRAINING:---checkpointing}
+EPOCHS=${EPOCHS:-2} VALIDATION=${VALIDATION:-0.1} LR=${LR:-1e-5} LRHEAD=${LRHEAD:-1e-4} BATCH=${BATCH:-16384}
+TRAINING=${TRAINING---checkpointing} SIMILAR=${SIMILAR:-100}
 STRATEGIES=${STRATEGIES:-best_of_n majority beam}
 stages=6
 . recipes/stages.sh
@@ -29,7 +30,8 @@ run annotate ranks annotate.py --policies $VOTERS --task "$TASK" ${TRAIN:+--task
   --json "$RUN/annotate.json"
 # §2.2. fp32 weights and moments, 16 bytes a parameter; without --checkpointing faster and larger
 run train ranks train.py --data "$RUN/rows.jsonl" --model "$BASE" --out "$RUN/prm" --epochs "$EPOCHS" --lr "$LR" \
-  --lr-head 1e-4 --val-fraction "$VALIDATION" --batch-tokens "$BATCH" --eval-every 20 --dtype "$DTYPE" $TRAINING --resume
+  --lr-head "$LRHEAD" --val-fraction "$VALIDATION" --batch-tokens "$BATCH" --eval-every 20 --dtype "$DTYPE" \
+  $TRAINING --resume
 # §3.2: does it find the first wrong step of other models' solutions?
 run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$ERRORS"} --prm "$RUN/prm" \
   --dtype "$DTYPE" --out "$RUN/first-error" --json "$RUN/first-error.json"
@@ -42,5 +44,5 @@ compare math "$TASK" "$TEST" "$POLICY"
 compare code "$CODETASK" "$CODE" "$CODER"
 # Table 2, on the samples that best-of-N chose from
 run similarity ranks similarity.py --sets "$RUN"/math/done/best_of_n-*.jsonl "$RUN"/code/done/best_of_n-*.jsonl \
-  --model "$REFERENCE" --dtype "$DTYPE" --json "$RUN/similarity.json"
+  --model "$REFERENCE" --limit "$SIMILAR" --dtype "$DTYPE" --json "$RUN/similarity.json"
 tail -n 40 "$RUN"/{first-error,math,code,similarity}.log
