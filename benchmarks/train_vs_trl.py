@@ -116,7 +116,7 @@ def run_ours(folder, size, options, epochs, lr):
             spans[-1].append(time.process_time())
             return result
         return call
-    for name in ("evaluate", "save_best", "save_checkpoint"):
+    for name in ("evaluate", "save_prm", "save_checkpoint"):
         setattr(train, name, timed(getattr(train, name)))
     out = folder / "ours"
     train.main(["--data", str(folder / "train.jsonl"), "--val-data", str(folder / "test.jsonl"), "--model",

@@ -17,7 +17,7 @@ TASK=${TASK:-gsm8k} CODETASK=${CODETASK:-humaneval+} ERRORSET=${ERRORSET:-proces
 TRAIN=${TRAIN:-} TEST=${TEST:-} CODE=${CODE:-} ERRORS=${ERRORS:-}
 PROBLEMS=${PROBLEMS:-2000} LIMIT=${LIMIT:-500} N=${N:-8} K=${K:-8} TOKENS=${TOKENS:-128} STEPS=${STEPS:-8}
 EPOCHS=${EPOCHS:-2} VALIDATION=${VALIDATION:-0.1} LR=${LR:-1e-5} LRHEAD=${LRHEAD:-1e-4} BATCH=${BATCH:-16384}
-TRAINING=${TRAINING---checkpointing} SIMILAR=${SIMILAR:-100}
+TRAINING=${TRAINING---checkpointing} SIMILAR=${SIMILAR:-100} CONCURRENT=${CONCURRENT:-100}
 STRATEGIES=${STRATEGIES:-best_of_n majority beam}
 stages=6
 . recipes/stages.sh
@@ -26,7 +26,7 @@ sampling=(--temperature 0.8 --max-step-tokens "$TOKENS" --max-steps "$STEPS" --d
 
 # §2.1. 2,000 problems x 4 solutions, K rollouts for each prefix of the binary search
 run annotate ranks annotate.py --policies $VOTERS --task "$TASK" ${TRAIN:+--task-data "$TRAIN"} --split train \
-  --limit "$PROBLEMS" --samples 4 --k "$K" --concurrent 24 "${sampling[@]}" --out "$RUN/rows.jsonl" --resume \
+  --limit "$PROBLEMS" --samples 4 --k "$K" --concurrent "$CONCURRENT" "${sampling[@]}" --out "$RUN/rows.jsonl" --resume \
   --json "$RUN/annotate.json"
 # §2.2. fp32 weights and moments, 16 bytes a parameter; without --checkpointing faster and larger
 run train ranks train.py --data "$RUN/rows.jsonl" --model "$BASE" --out "$RUN/prm" --epochs "$EPOCHS" --lr "$LR" \
@@ -38,7 +38,7 @@ run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$E
 # §4.2 on math, and §4.3 on code: the PRM has seen none
 compare() {  # compare NAME TASK FILE POLICY
   run "$1" ranks evaluate.py --task "$2" ${3:+--data "$3"} --policy "$4" --prm "$RUN/prm" --strategies $STRATEGIES \
-    --N "$N" --limit "$LIMIT" --concurrent 25 "${sampling[@]}" --out "$RUN/$1" --json "$RUN/$1.json"
+    --N "$N" --limit "$LIMIT" --concurrent "$CONCURRENT" "${sampling[@]}" --out "$RUN/$1" --json "$RUN/$1.json"
 }
 compare math "$TASK" "$TEST" "$POLICY"
 compare code "$CODETASK" "$CODE" "$CODER"
