@@ -138,7 +138,7 @@ def cpu_per_token(prm, rows, tokens, repeat=3):
     import torch
 
     from train import prm_loss
-    ids = torch.randint(len(prm.tokenizer), (rows, tokens))
+    ids = torch.randint(prm.backbone.config.vocab_size, (rows, tokens))
     at = torch.arange(19, tokens, 20).repeat(rows)
     of = torch.arange(rows).repeat_interleave(len(at) // rows)
     best = float("inf")

@@ -54,7 +54,7 @@ evaluate() {  # evaluate EXHIBIT flags
 }
 P=$RUN/prm
 evaluate fig1 --prms xs="$P-xs" s="$P-s" m="$P-m" l="$P-l"
-evaluate fig2 --prms "$P-l"
+evaluate fig2 --prms "$P-l" --limit "$((LIMIT / 4))"  # a PRM for each evaluation of the training: fewer problems
 evaluate fig3 --prms "LLM A"="$P-A" "LLM B"="$P-B" "ASLAF"="$P-m" "truth"="$P-truth"
 evaluate fig4 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
 evaluate fig5 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
