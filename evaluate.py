@@ -233,9 +233,10 @@ class Bench:
     def scored(self, pool, policy, prm):
         """The pool's rows with another PRM's scores."""
         def make(some):
-            flat = [(r["question"], s["steps"]) for r in some for s in r["samples"]]
-            found = iter(self.prm(prm).score(*zip(*flat)))
-            return [{"id": r["id"], "scores": [next(found) for _ in r["samples"]]} for r in some]
+            texts = list(dict.fromkeys((r["question"], tuple(s["steps"])) for r in some for s in r["samples"]))
+            found = dict(zip(texts, self.prm(prm).score(*zip(*texts))))
+            return [{"id": r["id"], "scores": [found[r["question"], tuple(s["steps"])] for s in r["samples"]]}
+                    for r in some]
         settings = [policy, prm, len(pool[0]["samples"]), self.sampling()]
         kept = self.once(f"scores-{Path(prm).name}", settings, pool, make)
         return [{**r, "samples": [{**s, "scores": x} for s, x in zip(r["samples"], k["scores"])]}
