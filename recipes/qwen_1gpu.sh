@@ -44,5 +44,5 @@ compare math "$TASK" "$TEST" "$POLICY"
 compare code "$CODETASK" "$CODE" "$CODER"
 # Table 2, on the samples that best-of-N chose from
 run similarity ranks similarity.py --sets "$RUN"/math/done/best_of_n-*.jsonl "$RUN"/code/done/best_of_n-*.jsonl \
-  --model "$REFERENCE" --limit "$SIMILAR" --dtype "$DTYPE" --json "$RUN/similarity.json"
+  --model "$REFERENCE" --limit "$SIMILAR" --offload --dtype "$DTYPE" --json "$RUN/similarity.json"
 tail -n 40 "$RUN"/{first-error,math,code,similarity}.log
