@@ -15,7 +15,6 @@
 import argparse
 import itertools
 import json
-import random
 import statistics
 import sys
 import time
@@ -28,18 +27,17 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import search  # noqa: E402
 import tasks  # noqa: E402
-from evaluate import paired  # noqa: E402
+from evaluate import interval, paired  # noqa: E402
 from policy import load_policy_flags  # noqa: E402
 from prm_model import load_prm  # noqa: E402
 from tiny import world  # noqa: E402
 from train import auc_pairs  # noqa: E402
 
 
-def interval(values, statistic=statistics.fmean, rounds=1000):
+def spread(values, statistic=statistics.fmean, rounds=1000):
     """The statistic of a list with one entry a problem, and half its 95 % bootstrap interval."""
-    rng = random.Random(0)
-    drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(rounds))
-    return statistic(values), (drawn[int(0.975 * rounds)] - drawn[int(0.025 * rounds)]) / 2
+    value, low, high = interval(values, statistic, rounds)
+    return value, (high - low) / 2
 
 
 def auc(problems, same_position=False):
@@ -76,29 +74,29 @@ def measure(domain, args, flags, policy, prms):
         return [bool(r[key] is not None and r["samples"][r[key]]["correct"]) for r in rows]
     pool = solve("best_of_n", n=16)
     correct = [[s["correct"] for s in r["samples"]] for r in pool]
-    out = {"single": interval([statistics.fmean(c) for c in correct]), "majority@16": interval(right(pool, "vote")),
-           "pass@16": interval([any(c) for c in correct])}
+    out = {"single": spread([statistics.fmean(c) for c in correct]), "majority@16": spread(right(pool, "vote")),
+           "pass@16": spread([any(c) for c in correct])}
     steps = [[(t, p, y) for s in r["samples"]
               for t, (p, y) in enumerate(zip(s["scores"], world.grade(raw[r["id"]], s["steps"])))] for r in pool]
-    out["step AUC"] = interval(steps, auc, rounds=100)
-    out["step AUC at the same position"] = interval(steps, lambda x: auc(x, same_position=True), rounds=100)
+    out["step AUC"] = spread(steps, auc, rounds=100)
+    out["step AUC at the same position"] = spread(steps, lambda x: auc(x, same_position=True), rounds=100)
     first = [[x for s in r["samples"] for x in up_to_first_error(s, raw[r["id"]])] for r in pool]
-    out["the same, up to the first wrong step"] = interval(
+    out["the same, up to the first wrong step"] = spread(
         first, lambda x: auc(x, same_position=True), rounds=100)
     print(f"\n{domain}: {len(problems)} problems, {sum(map(len, steps)):,} steps")
     for how in search.AGGREGATIONS:
         best = [max(r["samples"], key=lambda s: search.aggregate(s["scores"], how))["correct"] for r in pool]  # noqa: B023
-        out[f"best-of-16 by {how}"] = interval(best)
-    for name, (value, half) in out.items():
-        print(f"   {name:<52}{value:.3f} ± {half:.3f}")
+        out[f"best-of-16 by {how}"] = spread(best)
+    for name, (value, width) in out.items():
+        print(f"   {name:<52}{value:.3f} ± {width:.3f}")
     difference("best-of-16 - majority@16", right(pool), right(pool, "vote"))
     beams = None
     for strategy in args.strategies:
         rows = solve(strategy)
         plain = solve("best_of_n", budgets=[max(1, r["cost"]["policy_generated"]) for r in rows])
         tokens = statistics.fmean(r["cost"]["policy_generated"] for r in rows)
-        out[strategy] = interval(right(rows))
-        value, half = out[strategy]
+        out[strategy] = spread(right(rows))
+        value, width = out[strategy]
         print(f"   {strategy + f', {tokens:.0f} generated tokens a problem':<52}{value:.3f} ± {half:.3f}")
         out[f"{strategy} - best-of-N"] = difference(f"{strategy} - best-of-N at these tokens", right(rows),
                                                     right(plain))
