@@ -97,7 +97,7 @@ def measure(domain, args, flags, policy, prms):
         tokens = statistics.fmean(r["cost"]["policy_generated"] for r in rows)
         out[strategy] = spread(right(rows))
         value, width = out[strategy]
-        print(f"   {strategy + f', {tokens:.0f} generated tokens a problem':<52}{value:.3f} ± {half:.3f}")
+        print(f"   {strategy + f', {tokens:.0f} generated tokens a problem':<52}{value:.3f} ± {width:.3f}")
         out[f"{strategy} - best-of-N"] = difference(f"{strategy} - best-of-N at these tokens", right(rows),
                                                     right(plain))
         difference(f"{strategy} - majority at these tokens", right(rows), right(plain, "vote"))
