@@ -279,7 +279,7 @@ def fig1(bench, args):
             points.append(point(f"{domain}, prm@{args.n}", size, [prm_at(r, args.n, how=args.aggregate) for r in rows],
                                 prm=label, pretraining_flops=start.get("pretraining_flops"),
                                 reward_flops=end.get("flops")))
-    return points, "parameters of the PRM", "accuracy", True
+    return points, "parameters of the PRM", "accuracy", "log"
 
 
 def fig2(bench, args):
@@ -296,7 +296,7 @@ def fig2(bench, args):
         points += [{"series": "validation: step AUC", "x": e["step"], "value": e["auc"], "low": e["auc"],
                     "high": e["auc"], "problems": None, "prm": label}
                    for e in training_log(path).get("eval", []) if e["auc"] is not None]
-    return points, "training steps of the PRM", "accuracy", False
+    return points, "training steps of the PRM", "accuracy", "symlog"
 
 
 def fig3(bench, args):
@@ -309,7 +309,7 @@ def fig3(bench, args):
         for domain, rows in by_domain(bench.scored(pool, args.policy, path)).items():
             for n in powers(args.n):
                 points.append(point(f"{domain}, {label}", n, [prm_at(r, n, how=args.aggregate) for r in rows]))
-    return points, "N", "accuracy", True
+    return points, "N", "accuracy", "log"
 
 
 def fig4(bench, args, axis="tokens"):
@@ -346,7 +346,7 @@ def fig4(bench, args, axis="tokens"):
             d, se, z = paired(right, [at_budget(r, t, how) for r, t in zip(rows, spent)])
             points.append(point(f"{domain}, MCTS", most * share, right,
                                 **({"above_best_of_n": d, "se": se, "z": z} if axis == "tokens" else {})))
-    return points, "generated tokens a problem" if axis == "tokens" else "seconds a problem", "accuracy", True
+    return points, "generated tokens a problem" if axis == "tokens" else "seconds a problem", "accuracy", "log"
 
 
 def fig6(bench, args):
@@ -360,7 +360,7 @@ def fig6(bench, args):
     print(f"\n{question}\n" + "\n".join(coloured(s, p) for s, p in zip(sample["steps"], sample["scores"])))
     points = [{"series": "p_t", "x": t + 1, "value": p, "low": p, "high": p, "problems": 1, "step": s}
               for t, (s, p) in enumerate(zip(sample["steps"], sample["scores"]))]
-    return points, "step", "probability that the step is correct", False
+    return points, "step", "probability that the step is correct", "linear"
 
 
 def table1(bench, args):
@@ -377,7 +377,7 @@ def table1(bench, args):
                 right = [prm_at(r, n, how=args.aggregate) for r in by_domain(every)[domain]]
                 d, se, z = paired(right, single)
                 points.append(point(f"{name}, {domain}: PRM-{label}", n, right, above_single=d, se=se, z=z))
-    return points, "N", "accuracy", False
+    return points, "N", "accuracy", "linear"
 
 
 def curves(bench, args):
@@ -388,14 +388,14 @@ def curves(bench, args):
         for kind, key in drawn:
             points += [{"series": f"{label}, {kind} {key}", "x": row["step"], "value": row[key], "low": row[key],
                         "high": row[key]} for row in training_log(path).get(kind, ()) if row[key] is not None]
-    return points, "optimizer step", "loss in nats, or share", False
+    return points, "optimizer step", "loss in nats, or share", "symlog"
 
 
 EXHIBITS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": partial(fig4, axis="seconds"),
             "fig6": fig6, "curves": curves, "table1": table1}
 
 
-def draw(name, points, x_label, y_label, log_x, out):
+def draw(name, points, x_label, y_label, x_scale, out):
     """PNG and SVG with 95 % bands, the numbers as JSONL and as a Markdown table."""
     import matplotlib
     matplotlib.use("Agg")
@@ -418,7 +418,7 @@ def draw(name, points, x_label, y_label, log_x, out):
             line, = axes.plot(x, [p["value"] for p in mine], marker="o", markersize=3, label=series)
             low, high = ([p[end] for p in mine] for end in ("low", "high"))
             axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-        axes.set(xlabel=x_label, ylabel=y_label, xscale="log" if log_x else "linear")
+        axes.set(xlabel=x_label, ylabel=y_label, xscale=x_scale)
         axes.legend(fontsize=7)
         for suffix in ("png", "svg"):
             figure.savefig(out / f"{name}.{suffix}", bbox_inches="tight", dpi=150)
