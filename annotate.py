@@ -106,9 +106,10 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
     """One LLM's opinion of many solutions -> [{"first_error", "values", "rollouts", "timeouts"}], values[t] None where
     not asked; a rollout that the judge could not finish counts as wrong, and as a timeout.
 
-    solutions: [(problem, steps, ends_right)]. Rollouts of all prefixes, solutions and problems share their batches;
-    equal prefixes share their rollouts, and all prefixes of a problem share the tree cache (policy.py). With early
-    stopping the rollouts are drawn in rounds of 1, 1, 2, 4, ...
+    solutions: [(problem, steps, ends_right)]; ends_right None: it breaks off before an answer, and so its last step is
+    asked about, too. Rollouts of all prefixes, solutions and problems share their batches; equal prefixes share their
+    rollouts, and all prefixes of a problem share the tree cache (policy.py). With early stopping the rollouts are drawn
+    in rounds of 1, 1, 2, 4, ...
     """
     prefixes, plans, asking, out = {}, [], {}, []
 
@@ -132,9 +133,10 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
             asking.pop(i, None)
 
     for i, (_, steps, ends_right) in enumerate(solutions):
-        plans.append(SEARCHES[search](len(steps), ends_right, verify_neighbours))
-        out.append({"first_error": None, "values": [None] * (len(steps) - 1) + [float(ends_right)], "rollouts": 0,
-                    "timeouts": 0})
+        open_end = ends_right is None  # as if another step followed, which is right whenever the last one is
+        plans.append(SEARCHES[search](len(steps) + open_end, open_end or ends_right, verify_neighbours))
+        out.append({"first_error": None, "rollouts": 0, "timeouts": 0,
+                    "values": [None] * (len(steps) - 1) + [None if open_end else float(ends_right)]})
         advance(i, None)
     while asking:
         open_ = list({p: None for _, p in asking.values() if not settled(p.outcomes, k, stop, threshold, width)})
@@ -213,21 +215,22 @@ def annotate(jobs, voters, judge, args):
     judged = iter(tasks.judge_many([(p, args.join.join(steps)) for p, solutions in jobs for _, steps, *_ in solutions]))
     for problem, solutions in jobs:
         verdicts, seen = [next(judged) for _ in solutions], set()
-        solved = {v.ok for v in verdicts}
-        for (name, steps, end, source, own), verdict in zip(solutions, verdicts):
+        # a given solution may be the beginning of one, as PRM800K's rated alternatives are
+        right = [None if s[2] == "given" and v.why == "no answer" else v.ok for s, v in zip(solutions, verdicts)]
+        for (name, steps, end, source, own), verdict, ends_right in zip(solutions, verdicts, right):
             known = problem.answer is not None or problem.tests
             reason = ("no answer is known" if not known else "unfinished" if end == "length" else
                       "the judge timed out" if verdict.why == "timeout" else
                       "duplicate" if tuple(steps) in seen else
                       "too short" if len(steps) < args.min_steps else "too long" if len(steps) > args.longest else
-                      f"{'always' if True in solved else 'never'} solved" if len(solved) == 1 and len(solutions) > 1
-                      and not args.keep_unanimous else None)
+                      f"{'always' if right[0] else 'never'} solved" if len(set(right)) == 1 and len(right) > 1
+                      and ends_right is not None and not args.keep_unanimous else None)
             seen.add(tuple(steps))
             records.append({"id": name, "domain": problem.domain, "source": source, "prompt": problem.question,
-                            "completions": steps, "correct": verdict.ok, "why": verdict.why, "votes": {},
+                            "completions": steps, "correct": ends_right, "why": verdict.why, "votes": {},
                             "values": [None] * len(steps), "rollouts": 0, "timeouts": 0, "dropped": reason})
             if reason is None:
-                todo.append((records[-1], (problem, steps, verdict.ok)))
+                todo.append((records[-1], (problem, steps, ends_right)))
                 if args.vote_labels and own is not None:
                     records[-1]["votes"]["labels"] = own
     options = {x: getattr(args, x) for x in ("k", "search", "stop", "threshold", "width", "verify_neighbours")}

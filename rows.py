@@ -187,7 +187,8 @@ def from_prm800k(row, neutral="good"):
         path = path + [human["text"] if chosen is None else completions[chosen]["text"]]
         labels = labels + [None if chosen is None else y[completions[chosen]["rating"]]]
     rows = [(path, labels), *rows] if path else rows
-    return [{"prompt": row["question"]["problem"], "completions": s, "labels": v} for s, v in rows]
+    answer = {"answer": row["question"]["ground_truth_answer"]} if row["question"].get("ground_truth_answer") else {}
+    return [{"prompt": row["question"]["problem"], "completions": s, "labels": v, **answer} for s, v in rows]
 
 
 def from_math_shepherd(row, neutral=None):

@@ -91,6 +91,10 @@ def test_values_and_labels_by_hand():
     # hard label: any right. Binary asks about "ab" (0 of 4), then "a", settled by its second rollout
     [binary] = vote(Script(truth), [(SEVEN, ["a", "b", "c", "Answer: 8"], False)], k=4)
     assert binary == {"first_error": 1, "values": [0.5, 0.0, None, 0.0], "rollouts": 6, "timeouts": 0}
+    # a solution that breaks off: its last step is asked about like any other
+    for steps, place in ((["a", "b"], 1), (["a"], -1)):
+        for how in ("linear", "binary"):
+            assert vote(Script(truth), [(SEVEN, steps, None)], k=4, search=how)[0]["first_error"] == place
     # equal prefixes of two solutions share their rollouts: drawn once, counted for both
     policy = Script(truth)
     both = vote(policy, [(SEVEN, ["a", "b", "c", "Answer: 8"], False), (SEVEN, ["a", "b", "Answer: 8"], False)], k=4)
@@ -166,12 +170,16 @@ def test_what_cannot_be_annotated_is_counted_and_costs_nothing_else(tmp_path):
     data = tmp_path / "rows.jsonl"
     rows = [{"prompt": "What is seven?", "completions": ["6+1=7", "Answer: 7"], "labels": [True, True], "answer": "7"},
             {"prompt": "What is it?", "completions": ["?", "Answer: 7"], "labels": [True, True]},
-            {"prompt": "What is seven?", "completions": ["Answer: 7"], "labels": [True], "answer": "7"}]
+            {"prompt": "What is seven?", "completions": ["Answer: 7"], "labels": [True], "answer": "7"},
+            {"prompt": "What is seven?", "completions": ["6+1=7", "and"], "labels": [None, False], "answer": "7"}]
     data.write_text("".join(json.dumps(r) + "\n" for r in rows))
     out = tmp_path / "out.jsonl"
     annotate.main([*SMALL, "--data", str(data), "--out", str(out), "--vote-labels", "--consensus", "1"])
-    assert [r["dropped"] for r in lines(tmp_path / "out.jsonl.votes")] == [None, "too short", "no answer is known"]
-    assert [r["completions"] for r in lines(out)] == [rows[0]["completions"]]
+    votes = {"|".join([r["prompt"], *r["completions"]]): r for r in lines(tmp_path / "out.jsonl.votes")}
+    found = [votes["|".join([r["prompt"], *r["completions"]])] for r in rows]
+    assert [r["dropped"] for r in found] == [None, "no answer is known", "too short", None]
+    assert found[3]["correct"] is None and found[3]["votes"]["labels"] == 1
+    assert rows[0]["completions"] in [r["completions"] for r in lines(out)]
 
 
 def test_an_unfinished_solution_and_a_judge_that_times_out(monkeypatch):
