@@ -1,13 +1,13 @@
 """Make the tiny world's models again from nothing: tokenizer, policies, backbones, labelled rows, PRM.
 
-    python tiny/make.py                          # every stage that is not done yet; restart it after a kill
+    python tiny/make.py                          # every stage that is not done yet, two models at once on two cores
     python tiny/make.py --stages tokenizer A     # some of them
     python tiny/make.py --out /tmp/tiny          # elsewhere
 
-Each model is a Qwen2-architecture causal LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C)
+Restart it after a kill: models go on from their last two minutes. Each model is a Qwen2-architecture causal LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C)
 learn from careless authors, each with his own habits; backbones of four sizes learn from the careful one, who makes
 every kind of mistake and corrects it. Only the train split's problems are ever seen. One run is deterministic for a
-seed on one machine with a fixed number of threads. The PRM is trained by train.py, on labels that annotate.py makes.
+seed on one machine. The PRM is trained by train.py, on labels that annotate.py makes.
 """
 import argparse
 import gzip
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -105,12 +106,12 @@ def backward(model, ids, targets, rows=16):
     return loss
 
 
-def train_lm(name, tokenizer, out, threads):
+def train_lm(name, tokenizer, out):
     """Pre-train one LM, saving a checkpoint every two minutes, so that a killed run goes on where it was."""
     author, hidden, layers, heads, cycles, size, seed = MODELS[name]
     steps = sum(cycles)
     lr_max = 3e-3 * (64 / hidden) ** 0.5
-    torch.set_num_threads(threads)
+    torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
         vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
@@ -176,18 +177,19 @@ ROWS = [("tiny-code", 11, 1200, 1.0), ("tiny-math", 11, 1200, 1.0), ("tiny-code"
         ("tiny-code", 13, 400, 1.4), ("tiny-math", 13, 400, 1.4)]
 
 
-def script(name, *flags):
-    subprocess.run([sys.executable, str(ROOT / name), *map(str, flags)], check=True)
+def script(name, *flags, ranks=1):
+    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    subprocess.run([sys.executable, *launch, str(ROOT / name), *map(str, flags)], check=True)
 
 
-def make_rows(out):
+def make_rows(out, jobs):
     """Stepwise rows for train.py: solutions of A on train problems, labelled by A, B and C (annotate.py)."""
     rows = []
     for task, seed, problems, heat in ROWS:
         part = out / f"rows-{task}-{seed}.partial.jsonl"
         script("annotate.py", "--policies", *(out / x for x in "ABC"), "--task", task, "--seed", seed,
                "--limit", problems, "--sampler-temperature", heat, "--samples", 4, "--keep-unanimous",
-               "--concurrent", 200, "--out", part, "--resume")
+               "--concurrent", 200, "--out", part, "--resume", ranks=jobs)
         rows.append(part.read_bytes())
     with gzip.GzipFile(out / "rows.partial.gz", "wb", mtime=0) as file:
         file.write(b"".join(rows))
@@ -196,7 +198,7 @@ def make_rows(out):
         part.unlink()
 
 
-def make_prm(out):
+def make_prm(out, jobs):
     """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is
     rare in the rows."""
     script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
@@ -211,25 +213,25 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the models")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models trained at once, a thread each")
     parser.add_argument("--overwrite", action="store_true", help="make a stage again that is done")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    for stage in args.stages:
-        made = args.out / ("rows.jsonl.gz" if stage == "rows" else stage)
-        if made.exists() and not args.overwrite:
-            print(f"{stage}: done already")
-            continue
-        if stage == "tokenizer":
-            make_tokenizer(args.out / "tokenizer")
-            continue
-        if stage in ("rows", "prm"):
-            started = time.time()
-            (make_rows if stage == "rows" else make_prm)(args.out)
-            print(f"{stage}: {(time.time() - started) / 60:.1f} minutes")
-            continue
+    models = [x for x in args.stages if x in MODELS and (args.overwrite or not (args.out / x).exists())]
+    if "tokenizer" in args.stages and (args.overwrite or not (args.out / "tokenizer").exists()):
+        make_tokenizer(args.out / "tokenizer")
+    if len(models) == 1:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
-        print(f"{stage}: {train_lm(stage, tokenizer, args.out, args.threads):.1f} minutes")
+        print(f"{models[0]}: {train_lm(models[0], tokenizer, args.out):.1f} minutes", flush=True)
+    with ThreadPoolExecutor(args.jobs) as pool:  # small matrices: two models on two cores, not one on both
+        again = ["--overwrite"] if args.overwrite else []
+        largest_first = sorted(models[1:] and models, key=lambda x: -MODELS[x][1] * MODELS[x][2] * sum(MODELS[x][4]))
+        list(pool.map(lambda x: script("tiny/make.py", "--out", args.out, "--stages", x, *again), largest_first))
+    for stage, make, name in (("rows", make_rows, "rows.jsonl.gz"), ("prm", make_prm, "prm")):
+        if stage in args.stages and (args.overwrite or not (args.out / name).exists()):
+            started = time.time()
+            make(args.out, args.jobs)
+            print(f"{stage}: {(time.time() - started) / 60:.1f} minutes", flush=True)
 
 
 if __name__ == "__main__":
