@@ -4,10 +4,11 @@
     python tiny/make.py --stages tokenizer A     # some of them
     python tiny/make.py --out /tmp/tiny          # elsewhere
 
-Restart it after a kill: models go on from their last two minutes. Each model is a Qwen2-architecture causal LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C)
-learn from careless authors, each with his own habits; backbones of four sizes learn from the careful one, who makes
-every kind of mistake and corrects it. Only the train split's problems are ever seen. One run is deterministic for a
-seed on one machine. The PRM is trained by train.py, on labels that annotate.py makes.
+Restart it after a kill: each model goes on from where it was two minutes before. A model is a Qwen2-architecture causal
+LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C) learn from careless authors, each with his
+own habits; backbones of four sizes learn from the careful one, who makes every kind of mistake and corrects it. Only
+the train split's problems are ever seen. One run is deterministic for a seed on one machine. The PRM is trained by
+train.py, on labels that annotate.py makes.
 """
 import argparse
 import gzip
