@@ -481,8 +481,8 @@ def read_samples(file):
     if not rows:
         raise ValueError(f"{file}: no rows")
     unjudged = [(r, s) for r in rows for s in r["samples"] if "correct" not in s or "answer" not in s]
-    flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"], r.get("answer"), r.get("tests")),
-             "\n\n".join(s["steps"])) for r, s in unjudged]
+    flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"], r.get("answer"), r.get("tests"),
+                           r.get("meta") or {}), "\n\n".join(s["steps"])) for r, s in unjudged]
     for (_, s), verdict, key in zip(unjudged, tasks.judge_many(flat), tasks.vote_keys(flat)):
         s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
     return rows

@@ -121,7 +121,7 @@ def searches(domain, records, problems, policy, k, chunk=400):
         voted = [r for r in records if r["votes"]]
         for a in range(0, len(voted), chunk):
             some = voted[a:a + chunk]
-            jobs = [(tasks.Problem(problem_of(r["id"]), r["prompt"], domain, p.get("answer"), p.get("tests")),
+            jobs = [(tasks.Problem(p["id"], p["question"], domain, p.get("answer"), p.get("tests"), p["meta"]),
                      r["completions"], r["correct"]) for r in some for p in [problems[problem_of(r["id"])]]]
             for r, found in zip(some, annotate.vote(policy, jobs, k=k, **options)):
                 rollouts.append(found["rollouts"])
