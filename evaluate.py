@@ -138,8 +138,8 @@ def first_error_figures(found, threshold):
     """found: [(p of each step, first wrong step or -1)]. The PRM says that the first step with p < threshold is wrong.
 
     As ProcessBench (Zheng et al. 2024, arXiv 2412.06559): the share of erroneous solutions whose first wrong step is
-    found, the share of correct ones in which none is, and F1, their harmonic mean. Steps after the first wrong one have
-    no label; precision, recall and F1 of the others are of the wrong class.
+    found, the share of correct ones in which none is, and F1, their harmonic mean (None without solutions of both
+    kinds). Steps after the first wrong one have no label; precision, recall, F1 of the others are of the wrong class.
     """
     said = [next((t for t, p in enumerate(scores) if p < threshold), -1) for scores, _ in found]
     hit = {bad: [s == y for s, (_, y) in zip(said, found) if (y >= 0) == bad] for bad in (True, False)}
@@ -150,7 +150,8 @@ def first_error_figures(found, threshold):
     precision, recall = tp / max(1, flagged), tp / max(1, bad)
     u, pairs = auc_pairs(torch.tensor([p for p, _ in steps]), torch.tensor([ok for _, ok in steps]))
     return {"threshold": threshold, "erroneous": wrong, "correct": right,
-            "F1": 2 * wrong * right / (wrong + right) if wrong + right else 0.0, "step precision": precision,
+            "F1": None if not all(hit.values()) else 2 * wrong * right / max(1e-12, wrong + right),
+            "step precision": precision,
             "step recall": recall, "step F1": 2 * precision * recall / max(1e-12, precision + recall),
             "step AUC": u / pairs if pairs else None, "solutions": len(found), "steps": len(steps)}
 
@@ -171,10 +172,12 @@ def first_error(args, prm):
     dev, test = ([(p, y) for p, (_, _, y), h in zip(scores, items, half) if h == side] for side in (0, 1))
     if not dev or not test:
         raise ValueError(f"{args.first_error}: {len(items)} solutions are too few to choose a threshold apart")
-    best = max((t / 50 for t in range(1, 50)), key=lambda t: first_error_figures(dev, t)["F1"])
+    key = "step F1" if first_error_figures(dev + test, 0.5)["F1"] is None else "F1"
+    best = max((t / 50 for t in range(1, 50)), key=lambda t: first_error_figures(dev, t)[key] or 0.0)
     figures = first_error_figures(test, best)
-    _, figures["F1 low"], figures["F1 high"] = interval(test, lambda x: first_error_figures(x, best)["F1"], 200)
-    figures["F1 of chance"] = first_error_figures(random_scores(test), 0.5)["F1"]
+    _, low, high = interval(test, lambda x: first_error_figures(x, best)[key] or 0.0, 200)
+    chance = first_error_figures(random_scores(test), 0.5)[key]
+    figures |= {f"{key} low": low, f"{key} high": high, f"{key} of chance": chance}
     return figures
 
 
@@ -411,15 +414,19 @@ def draw(name, points, x_label, y_label, x_scale, out):
     (out / f"{name}.md").write_text("\n".join(table) + "\n")
     print("\n".join(table))
     if name != "table1":
-        figure, axes = plt.subplots(figsize=(7, 4.5))
-        for series in dict.fromkeys(p["series"] for p in points):
-            mine = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
-            x = [p["x"] for p in mine]
-            line, = axes.plot(x, [p["value"] for p in mine], marker="o", markersize=3, label=series)
-            low, high = ([p[end] for p in mine] for end in ("low", "high"))
-            axes.fill_between(x, low, high, alpha=0.15, color=line.get_color())
-        axes.set(xlabel=x_label, ylabel=y_label, xscale=x_scale)
-        axes.legend(fontsize=7)
+        panels = [d for d in ("math", "code") if any(p["series"].startswith(d + ", ") for p in points)] or [""]
+        figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4.5), sharey=True, squeeze=False)
+        for panel, ax in zip(panels, axes[0]):
+            for series in dict.fromkeys(p["series"] for p in points):
+                domain, _, label = series.partition(", ")
+                if domain in panels and domain != panel:
+                    continue
+                mine = sorted((p for p in points if p["series"] == series), key=lambda p: p["x"])
+                x, value, low, high = ([p[k] for p in mine] for k in ("x", "value", "low", "high"))
+                line, = ax.plot(x, value, marker="o", markersize=3, label=label if domain == panel else series)
+                ax.fill_between(x, low, high, alpha=0.15, color=line.get_color())
+            ax.set(xlabel=x_label, ylabel=y_label, xscale=x_scale, title=panel)
+            ax.legend(fontsize=7)
         for suffix in ("png", "svg"):
             figure.savefig(out / f"{name}.{suffix}", bbox_inches="tight", dpi=150)
         plt.close(figure)
