@@ -541,7 +541,7 @@ def main(argv=None):
         if args.first_error:
             result["first_error"] = first_error(args, bench.prm(args.prm[0]))
             if bench.rank == 0:
-                print("\n".join(f"{k:<16}{v:.3f}" if isinstance(v, float) else f"{k:<16}{v}"
+                print("\n".join(f"{k:<20}{v:.3f}" if isinstance(v, float) else f"{k:<20}{v}"
                                 for k, v in result["first_error"].items()))
         elif args.exhibit:
             points, *labels = EXHIBITS[args.exhibit](bench, args)
