@@ -199,8 +199,14 @@ class Bench:
     @cached_property
     def problems(self):
         a = self.args
-        return [p for task in a.task for seed in (a.seeds if task.startswith("tiny") else [0])
-                for p in tasks.load(task, a.data, a.split, a.limit, seed)]
+        found = [p for task in a.task for seed in (a.seeds if task.startswith("tiny") else [0])
+                 for p in tasks.load(task, a.data, a.split, a.limit, seed)]
+        code = [p for p in found if (p.tests or {}).get("reference")]
+        if code and self.rank == 0:  # what its own solutions fail is not the model's fault
+            right, total, failing = tasks.reference_rate(code, progress=True)
+            print("\n".join([f"reference solutions right: {right} of {total}",
+                             *(f"  {name}: {why}" for name, why in failing.items())]))
+        return found
 
     def policy(self, path):
         if path not in self.models:

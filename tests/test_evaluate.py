@@ -133,6 +133,16 @@ def test_saved_samples_of_anybody(tmp_path):
             evaluate.read_samples(tmp_path / "bad.jsonl")
 
 
+def test_reference_solutions_that_fail_are_named_before_a_benchmark_is_scored(tmp_path, capsys):
+    data = tmp_path / "code.jsonl"
+    tests = {"kind": "call", "entry": "f", "inputs": [[1]], "outputs": [2]}
+    data.write_text("".join(json.dumps({"id": f"p{k}", "question": "Add one.", "tests": {
+        **tests, "reference": f"def f(x): return x + {k}"}}) + "\n" for k in (1, 2)))
+    args = evaluate.parse(["--task", "humaneval+", "--data", str(data), "--out", str(tmp_path)])[1]
+    assert len(evaluate.Bench(args).problems) == 2
+    assert capsys.readouterr().out == "reference solutions right: 1 of 2\n  p2: wrong answer\n"
+
+
 def test_first_errors_of_processbench_rows(tmp_path):
     """The shipped PRM finds first wrong steps of sums told in ProcessBench's schema better than guessing."""
     from tiny import world
