@@ -288,7 +288,7 @@ def train(args, stop):
     group, master = args.accumulate * world, rank == 0
     if args.fsdp and world == 1:
         raise ValueError("--fsdp needs torchrun and more than one process")
-    bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"  # on CPUs no gain
+    bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"  # CPUs: with AMX
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")  # one process saves alone
     disable_progress_bar()  # of transformers, at each loading and saving
