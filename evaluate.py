@@ -156,7 +156,7 @@ def first_error_figures(found, threshold):
             "step AUC": u / pairs if pairs else None, "solutions": len(found), "steps": len(steps)}
 
 
-def first_error(args, prm):
+def first_error(args, bench):
     """Figures at the threshold that is best on one half of the solutions (by a hash of the question), on the other."""
     if args.first_error in tasks.TASKS:
         problems = tasks.load(args.first_error, args.data, args.split, args.limit)
@@ -167,12 +167,17 @@ def first_error(args, prm):
             bad = [t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5]
             items.append((row["prompt"], row["completions"], bad[0] if bad else -1))
         items = items[:args.limit]
-    scores = prm.score([q for q, _, _ in items], [s for _, s, _ in items])
+
+    def score(some):
+        found = bench.prm(args.prm[0]).score([items[i][0] for i in some], [items[i][1] for i in some])
+        return [{"id": i, "scores": x} for i, x in zip(some, found)]
+    rows = journaled(None, range(len(items)), score, names=lambda i: [i], chunk=args.concurrent, desc="first-error")
+    scores = [r["scores"] for r in gather(rows)[0]]
     half = [hashlib.blake2b(q.encode()).digest()[0] % 2 for q, _, _ in items]
     dev, test = ([(p, y) for p, (_, _, y), h in zip(scores, items, half) if h == side] for side in (0, 1))
     if not dev or not test:
         raise ValueError(f"{args.first_error}: {len(items)} solutions are too few to choose a threshold apart")
-    key = "step F1" if first_error_figures(dev + test, 0.5)["F1"] is None else "F1"
+    key = "F1" if len({y >= 0 for _, _, y in items}) == 2 else "step F1"  # F1 needs solutions of both kinds
     best = max((t / 50 for t in range(1, 50)), key=lambda t: first_error_figures(dev, t)[key] or 0.0)
     figures = first_error_figures(test, best)
     _, low, high = interval(test, lambda x: first_error_figures(x, best)[key] or 0.0, 200)
@@ -265,6 +270,11 @@ def point(series, x, values, **more):
     return {"series": series, "x": x, "value": value, "low": low, "high": high, "problems": len(values), **more}
 
 
+def exact(series, x, value, **more):
+    """A point without an interval."""
+    return {"series": series, "x": x, "value": value, "low": value, "high": value, **more}
+
+
 def by_domain(rows):
     return {d: [r for r in rows if r["domain"] == d] for d in sorted({r["domain"] for r in rows}, reverse=True)}
 
@@ -302,8 +312,7 @@ def fig2(bench, args):
             for domain, rows in by_domain(bench.scored(pool, args.policy, str(folder))).items():
                 points.append(point(f"{domain}, prm@{args.n}", int(folder.name[5:]),
                                     [prm_at(r, args.n, how=args.aggregate) for r in rows], prm=label))
-        points += [{"series": "validation: step AUC", "x": e["step"], "value": e["auc"], "low": e["auc"],
-                    "high": e["auc"], "problems": None, "prm": label}
+        points += [exact("validation: step AUC", e["step"], e["auc"], problems=None, prm=label)
                    for e in training_log(path).get("eval", []) if e["auc"] is not None]
     return points, "training steps of the PRM", "accuracy", "symlog"
 
@@ -367,8 +376,8 @@ def fig6(bench, args):
         raise ValueError("no right sample corrects itself: raise --limit or --n")
     question, sample = max(found, key=lambda x: max(x[1]["scores"]) - min(x[1]["scores"]))
     print(f"\n{question}\n" + "\n".join(coloured(s, p) for s, p in zip(sample["steps"], sample["scores"])))
-    points = [{"series": "p_t", "x": t + 1, "value": p, "low": p, "high": p, "problems": 1, "step": s}
-              for t, (s, p) in enumerate(zip(sample["steps"], sample["scores"]))]
+    points = [exact("p_t", t, p, problems=1, step=s)
+              for t, (s, p) in enumerate(zip(sample["steps"], sample["scores"]), 1)]
     return points, "step", "probability that the step is correct", "linear"
 
 
@@ -391,12 +400,11 @@ def table1(bench, args):
 
 def curves(bench, args):
     """What train.py logged: the losses, and the validation figures in whose leap Figure 2 sees an emergence."""
-    points = []
+    points, drawn = [], {"train": ["loss"], "eval": ["loss", "auc", "auc_within", "accuracy", "f1_wrong"]}
     for label, path in named(args.prms).items():
-        drawn = [("train", "loss"), *(("eval", k) for k in ("loss", "auc", "auc_within", "accuracy", "f1_wrong"))]
-        for kind, key in drawn:
-            points += [{"series": f"{label}, {kind} {key}", "x": row["step"], "value": row[key], "low": row[key],
-                        "high": row[key]} for row in training_log(path).get(kind, ()) if row[key] is not None]
+        log = training_log(path)
+        points += [exact(f"{label}, {kind} {key}", row["step"], row[key]) for kind, keys in drawn.items()
+                   for key in keys for row in log.get(kind, ()) if row[key] is not None]
     return points, "optimizer step", "loss in nats, or share", "symlog"
 
 
@@ -466,12 +474,14 @@ def report(rows, names, ns, subset):
 
 
 def cost_table(costs, sizes):
-    """Policy and PRM tokens, seconds and FLOPs (2 N a token of a forward) of each strategy, a problem."""
+    """Policy and PRM tokens, seconds and FLOPs (2 N a token of a forward) of each strategy, a problem. sizes: N of the
+    policy (None: not known, and so are the FLOPs) and of the PRM."""
     print(f"\n{'a problem':<22}{'generated':>12}{'prefilled':>12}{'PRM tokens':>12}{'seconds':>10}{'FLOPs':>12}")
     for name, c in costs.items():
-        c["flops"] = 2 * (sizes[0] * (c["policy_generated"] + c["policy_prefilled"]) + sizes[1] * c["prm_tokens"])
+        c["flops"] = sizes[0] and 2 * (sizes[0] * (c["policy_generated"] + c["policy_prefilled"])
+                                       + sizes[1] * c["prm_tokens"])
         print(f"{name:<22}{c['policy_generated']:>12.0f}{c['policy_prefilled']:>12.0f}{c['prm_tokens']:>12.0f}"
-              f"{c['seconds']:>10.3f}{c['flops']:>12.3g}")
+              f"{c['seconds']:>10.3f}" + (f"{c['flops']:>12.3g}" if c["flops"] else f"{'-':>12}"))
     return costs
 
 
@@ -545,7 +555,7 @@ def main(argv=None):
         names = [*dict.fromkeys(f"prm by {how}" for how in (args.aggregate, *AGGREGATIONS)),
                  f"wmaj by {args.aggregate}", "maj", "pass"]
         if args.first_error:
-            result["first_error"] = first_error(args, bench.prm(args.prm[0]))
+            result["first_error"] = first_error(args, bench)
             if bench.rank == 0:
                 print("\n".join(f"{k:<20}{v:.3f}" if isinstance(v, float) else f"{k:<20}{v}"
                                 for k, v in result["first_error"].items()))
@@ -584,8 +594,8 @@ def main(argv=None):
                 if bench.rank == 0:
                     mean = {k: {c: statistics.fmean(r["cost"][c] for r in v) for c in v[0]["cost"]}
                             for k, v in costs.items()}
-                    sizes = [sum(p.numel() for p in m.parameters()) for m in
-                             (bench.policy(args.policy).lm, bench.prm(args.prm[0]))]
+                    lm = getattr(bench.policy(args.policy), "lm", None)  # a server's size is not known
+                    sizes = [m and sum(p.numel() for p in m.parameters()) for m in (lm, bench.prm(args.prm[0]))]
                     result["cost"] = cost_table(mean, sizes)
     except (ValueError, OSError) as error:
         parser.error(str(error))

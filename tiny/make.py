@@ -199,7 +199,7 @@ def make_rows(out, jobs):
         part.unlink()
 
 
-def make_prm(out, jobs):
+def make_prm(out):
     """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is
     rare in the rows."""
     script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
@@ -218,20 +218,27 @@ def main(argv=None):
     parser.add_argument("--overwrite", action="store_true", help="make a stage again that is done")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    models = [x for x in args.stages if x in MODELS and (args.overwrite or not (args.out / x).exists())]
-    if "tokenizer" in args.stages and (args.overwrite or not (args.out / "tokenizer").exists()):
+
+    def todo(stage):
+        done = (args.out / ("rows.jsonl.gz" if stage == "rows" else stage)).exists() and not args.overwrite
+        if done and stage in args.stages:
+            print(f"{stage}: done already")
+        return stage in args.stages and not done
+    if todo("tokenizer"):
         make_tokenizer(args.out / "tokenizer")
+    models = [x for x in MODELS if todo(x)]
     if len(models) == 1:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
         print(f"{models[0]}: {train_lm(models[0], tokenizer, args.out):.1f} minutes", flush=True)
-    with ThreadPoolExecutor(args.jobs) as pool:  # small matrices: two models on two cores, not one on both
+    else:  # small matrices: two models on two cores, not one on both; the one that takes longest first
+        models.sort(key=lambda x: -MODELS[x][1] * MODELS[x][2] * sum(MODELS[x][4]))
         again = ["--overwrite"] if args.overwrite else []
-        largest_first = sorted(models[1:] and models, key=lambda x: -MODELS[x][1] * MODELS[x][2] * sum(MODELS[x][4]))
-        list(pool.map(lambda x: script("tiny/make.py", "--out", args.out, "--stages", x, *again), largest_first))
-    for stage, make, name in (("rows", make_rows, "rows.jsonl.gz"), ("prm", make_prm, "prm")):
-        if stage in args.stages and (args.overwrite or not (args.out / name).exists()):
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda x: script("tiny/make.py", "--out", args.out, "--stages", x, *again), models))
+    for stage, make in (("rows", lambda: make_rows(args.out, args.jobs)), ("prm", lambda: make_prm(args.out))):
+        if todo(stage):
             started = time.time()
-            make(args.out, args.jobs)
+            make()
             print(f"{stage}: {(time.time() - started) / 60:.1f} minutes", flush=True)
 
 
