@@ -9,6 +9,7 @@ Sample rows (search.py and evaluate.py write and read; other projects' outputs c
      "samples": [{"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool, "tokens": int}]}
 """
 import argparse
+import atexit
 import gzip
 import hashlib
 import json
@@ -51,6 +52,8 @@ def distributed(device=None):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        # Left to the interpreter's end, the group's threads may still run then, and the process aborts.
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return (dist.get_rank() if world > 1 else 0), world, device
 
 

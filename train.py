@@ -473,5 +473,3 @@ def train(args, stop):
 
 if __name__ == "__main__":
     main()
-    if dist.is_initialized():
-        dist.destroy_process_group()
