@@ -168,6 +168,17 @@ def aggregate(scores, how):
             "sum": sum}[how](scores)
 
 
+def score_steps(prms, leaves, combine="mean"):
+    """Set p of all new steps of the tree; several PRMs are averaged, or the most severe one counts (§4.2)."""
+    for prm in prms:
+        for node, p in prm.score_nodes(leaves).items():
+            node.scores.append(p)
+    for leaf in leaves:
+        for node in leaf.path():
+            if node.p is None and node.scores:
+                node.p = min(node.scores) if combine == "min" else sum(node.scores) / len(node.scores)
+
+
 AGGREGATIONS = ("last", "min", "prod", "mean", "sum")
 
 

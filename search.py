@@ -15,7 +15,6 @@ at a time, as in the paper, and a GPU still sees full batches.
 import json
 import math
 import statistics
-import sys
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import tasks
 from policy import add_policy_flags, load_policy_flags
-from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
+from prm_model import AGGREGATIONS, aggregate, coloured, load_prm, score_steps
 from rows import add_run_flags, check_run_flags, command_line, distributed, journaled
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -201,7 +200,7 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
                                                  if isinstance(s.request.n, int) else s.request.n)]
             groups = (policy.complete if whole else policy.propose)(nodes, counts)
             sampled = time.perf_counter()
-            score(prms, [n for group in groups for n in group], combine)
+            score_steps(prms, [n for group in groups for n in group], combine)
             after = (policy.prefilled - before[0], sum(p.tokens for p in prms) - before[1])
             elapsed, scoring = time.perf_counter() - started, time.perf_counter() - sampled
             groups = iter(groups)
@@ -224,17 +223,6 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
         live = [s for s in live if s.request]
 
 
-def score(prms, leaves, combine):
-    """Set p of all new steps; several PRMs are averaged or the most severe one counts (§4.2)."""
-    for prm in prms:
-        for node, p in prm.score_nodes(leaves).items():
-            node.scores.append(p)
-    for leaf in leaves:
-        for node in leaf.path():
-            if node.p is None and node.scores:
-                node.p = min(node.scores) if combine == "min" else statistics.fmean(node.scores)
-
-
 # ---------------------------------------------------------------- from problems to rows
 
 def solve(problems, strategy, policy, prms, args, budgets=None):
@@ -243,7 +231,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
         return lambda node: aggregate([n.p for n in node.path() if n.p is not None and n.text], how)
     options = {**vars(args), "reward": reward_by(args.aggregate), "path_score": reward_by(args.beam_score)}
     if budgets:
-        options["n"] = sys.maxsize  # as many samples as the budget buys
+        options["n"] = math.inf  # as many samples as the budget buys
     searches = [Search(policy.root(p.id, p.question, p.domain), STRATEGIES[strategy], options,
                        tokens=budgets[i] if budgets else args.tokens,
                        seconds=math.inf if budgets else args.seconds)
@@ -302,9 +290,9 @@ def compare(row, pool):
 # ---------------------------------------------------------------- what is printed
 
 def mean_se(values):
-    """Mean and its standard error over problems."""
-    values = [float(v) for v in values]
-    return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    """Mean and its standard error over problems (0 for a single one)."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return statistics.fmean(values), spread / len(values) ** 0.5
 
 
 def show(search, row):
@@ -324,23 +312,23 @@ def show(search, row):
 
 
 def report(rows, args):
-    """Print the table of each domain; returns the summary that --json writes."""
+    """Print the table of each domain, ± one standard error over problems; returns the summary that --json writes."""
     name = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}", "mcts": "MCTS",
             "majority": f"majority of {args.n}"}.get(args.strategy, args.strategy)
     summary = {}
     for domain in sorted({r["domain"] for r in rows}, reverse=True):
         own = [r for r in rows if r["domain"] == domain]
         cost = {k: statistics.fmean(r["cost"][k] for r in own) for k in own[0]["cost"]}
+        pool, samples = (statistics.fmean(r["compared"][k] for r in own) for k in ("pool_tokens", "pool_samples"))
+        s = summary[domain] = {"problems": len(own), "cost": cost, "overshoot": max(r["overshoot"] for r in own)}
         print(f"{f'{domain}, {len(own)} problems':<34}accuracy         "
               "generated  prefilled PRM tokens   seconds / problem")
-        s = summary[domain] = {"problems": len(own), "cost": cost, "overshoot": max(r["overshoot"] for r in own)}
-        pool = statistics.fmean(r["compared"]["pool_tokens"] for r in own)
-        samples = statistics.fmean(r["compared"]["pool_samples"] for r in own)
         for key, label, spent in (("picked", name, list(cost.values())[:4]),
                                   ("best_of_n", "best-of-N, same tokens", [pool]),
                                   ("majority", "majority vote, same tokens", [pool]),
                                   ("single", "a single sample", [pool / max(1, samples)])):
-            s[key], s[key + "_se"] = mean_se([r["compared"][key] for r in own])
+            right = [float(r["compared"][key]) for r in own]
+            s[key], s[key + "_se"] = mean_se(right)
             print(f"  {label:<32}{s[key]:.3f} ± {s[key + '_se']:.3f}  "
                   + "".join(f"{x:>11.0f}" for x in spent[:3]) + "".join(f"{x:>10.3f}" for x in spent[3:]))
         if s["overshoot"]:
