@@ -18,7 +18,8 @@
 prm@N      is the sample with the highest aggregated score right?  maj@N: is the most frequent answer?  wmaj@N: the same
            with each vote weighed by its score.  pass@N: is any sample?  All from one pool of --n samples a problem,
            --subset average (over all subsets of N; for the votes, over 64 random ones) or first (the first N).
-interval   95 % percentile bootstrap over problems. Differences are paired over problems, z in standard errors.
+interval   95 % percentile bootstrap over problems, and over training runs of a PRM where --prms has several with one
+           label. Differences are paired over problems, z in standard errors.
 --json     {"settings": ..., "metrics": {name: {N: {"value", "low", "high"}}}, "paired": [...], "cost": {...}},
            "first_error": {...} or "points": [...], as asked for.
 
@@ -53,6 +54,25 @@ def interval(values, statistic=statistics.fmean, rounds=1000):
     rng = random.Random(0)
     drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(rounds))
     return statistic(values), drawn[int(0.025 * rounds)], drawn[int(0.975 * rounds) - 1]
+
+
+def over_runs(runs, base=None, rounds=1000):
+    """(mean, low, high) of PRMs that were trained several times: runs (R lists) of one value a problem. Bootstrap over
+    both: R runs and P problems are drawn with replacement. base: of what is subtracted, for the same problems."""
+    rng = torch.Generator().manual_seed(0)
+    problems = torch.randint(len(runs[0]), (rounds, len(runs[0])), generator=rng)
+
+    def mean(some):  # -> of all, and of each round
+        values = torch.tensor(some, dtype=torch.float64)
+        drawn = torch.randint(len(some), (rounds, len(some)), generator=rng)
+        each = torch.stack([run[problems].mean(1) for run in values], dim=1)
+        return float(values.mean()), each.gather(1, drawn).mean(1)
+    value, drawn = mean(runs)
+    if base is not None:
+        minus, other = mean(base)
+        value, drawn = value - minus, drawn - other
+    drawn = drawn.sort().values
+    return value, float(drawn[int(0.025 * rounds)]), float(drawn[int(0.975 * rounds) - 1])
 
 
 def paired(a, b):
@@ -258,16 +278,23 @@ class Bench:
 
 
 def named(specs):
-    """["Math=runs/a", "runs/b"] -> {"Math": "runs/a", "b": "runs/b"}"""
-    pairs = [s.split("=", 1) if "=" in s else (Path(s).name, s) for s in specs]
-    return {k: v for k, v in pairs}
+    """["Math=runs/a", "Math=runs/b", "runs/c"] -> {"Math": ["runs/a", "runs/b"], "c": ["runs/c"]}: one label for
+    several training runs of a PRM (--seed of train.py)."""
+    found = {}
+    for spec in specs:
+        label, given, path = spec.partition("=")
+        found.setdefault(label if given else Path(label).name, []).append(path or label)
+    return found
 
 
 # ---------------------------------------------------------------- the exhibits: lists of points
 
-def point(series, x, values, **more):
-    value, low, high = interval(values)
-    return {"series": series, "x": x, "value": value, "low": low, "high": high, "problems": len(values), **more}
+def point(series, x, *runs, **more):
+    """runs: one value a problem, for each training run of the PRM; the interval covers both."""
+    value, low, high = over_runs(runs)
+    if len(runs) > 1:
+        more["each run"] = " ".join(f"{statistics.fmean(run):.3f}" for run in runs)
+    return {"series": series, "x": x, "value": value, "low": low, "high": high, "problems": len(runs[0]), **more}
 
 
 def exact(series, x, value, **more):
@@ -287,24 +314,36 @@ def training_log(prm):
     return kinds
 
 
+def prm_runs(bench, args, pool, prms, ns):
+    """{label: {domain: {N: one list of prm@N a training run}}} of --prms."""
+    found = {}
+    for label, paths in prms.items():
+        scored = [by_domain(bench.scored(pool, args.policy, path)) for path in paths]
+        found[label] = {domain: {n: [[prm_at(r, n, how=args.aggregate) for r in run[domain]] for run in scored]
+                                 for n in ns} for domain in by_domain(pool)}
+    return found
+
+
 def fig1(bench, args):
     """Accuracy of prm@N against the PRM's size, with the FLOPs of pre-training and of reward training (6 N D)."""
-    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
-    for label, path in named(args.prms).items():
-        log = training_log(path)
+    points, prms, before = [], named(args.prms), {}
+    for label, domains in prm_runs(bench, args, bench.run("best_of_n", args.policy, n=args.n), prms, [args.n]).items():
+        log = training_log(prms[label][0])
         start, end = log.get("start", [{}])[0], log.get("end", [{}])[-1]
-        size = start.get("parameters") or sum(p.numel() for p in bench.prm(path).parameters())
-        for domain, rows in by_domain(bench.scored(pool, args.policy, path)).items():
-            points.append(point(f"{domain}, prm@{args.n}", size, [prm_at(r, args.n, how=args.aggregate) for r in rows],
-                                prm=label, pretraining_flops=start.get("pretraining_flops"),
-                                reward_flops=end.get("flops")))
+        size = start.get("parameters") or sum(p.numel() for p in bench.prm(prms[label][0]).parameters())
+        for domain, runs in domains.items():
+            more = {"minus the one before": over_runs(runs[args.n], before[domain])} if domain in before else {}
+            points.append(point(f"{domain}, prm@{args.n}", size, *runs[args.n], prm=label,
+                                pretraining_flops=start.get("pretraining_flops"), reward_flops=end.get("flops"),
+                                **more))
+            before[domain] = runs[args.n]
     return points, "parameters of the PRM", "accuracy", "log"
 
 
 def fig2(bench, args):
     """Accuracy of prm@N, and validation AUC, against the PRM's training steps."""
     pool, points = bench.run("best_of_n", args.policy, n=args.n), []
-    for label, path in named(args.prms).items():
+    for label, (path, *_) in named(args.prms).items():
         snapshots = sorted(Path(path).glob("step-*"))
         if not snapshots:
             raise ValueError(f"{path} has no snapshots: train it with --snapshots")
@@ -323,10 +362,13 @@ def fig3(bench, args):
     for domain, rows in by_domain(pool).items():
         for n in powers(args.n):
             points.append(point(f"{domain}, majority", n, [maj_at(r, n) for r in rows]))
-    for label, path in named(args.prms).items():
-        for domain, rows in by_domain(bench.scored(pool, args.policy, path)).items():
-            for n in powers(args.n):
-                points.append(point(f"{domain}, {label}", n, [prm_at(r, n, how=args.aggregate) for r in rows]))
+    first = None
+    for label, domains in prm_runs(bench, args, pool, named(args.prms), powers(args.n)).items():
+        first = first or domains
+        for domain, runs in domains.items():
+            for n, values in runs.items():
+                more = {"minus the first": over_runs(values, first[domain][n])} if first is not domains else {}
+                points.append(point(f"{domain}, {label}", n, *values, **more))
     return points, "N", "accuracy", "log"
 
 
@@ -383,25 +425,27 @@ def fig6(bench, args):
 
 def table1(bench, args):
     """Policies x {single, majority, each PRM} on the code tasks: a row for each, printed as Markdown."""
-    points = []
-    for name, policy in named(args.policies).items():
-        pool = bench.run("best_of_n", policy, n=args.n)
-        scored = {label: bench.scored(pool, policy, path) for label, path in named(args.prms).items()}
+    points, n = [], args.n
+    for name, (policy, *_) in named(args.policies).items():
+        pool, first = bench.run("best_of_n", policy, n=n), None
+        single = {domain: [pass_at(r, 1) for r in rows] for domain, rows in by_domain(pool).items()}
         for domain, rows in by_domain(pool).items():
-            single, n = [pass_at(r, 1) for r in rows], args.n
-            points += [point(f"{name}, {domain}: single", 1, single),
+            points += [point(f"{name}, {domain}: single", 1, single[domain]),
                        point(f"{name}, {domain}: majority", n, [maj_at(r, n) for r in rows])]
-            for label, every in scored.items():
-                right = [prm_at(r, n, how=args.aggregate) for r in by_domain(every)[domain]]
-                d, se, z = paired(right, single)
-                points.append(point(f"{name}, {domain}: PRM-{label}", n, right, above_single=d, se=se, z=z))
+        for label, domains in prm_runs(bench, argparse.Namespace(**{**vars(args), "policy": policy}), pool,
+                                       named(args.prms), [n]).items():
+            first = first or domains
+            for domain, runs in domains.items():
+                more = {"minus the first": over_runs(runs[n], first[domain][n])} if first is not domains else {}
+                points.append(point(f"{name}, {domain}: PRM-{label}", n, *runs[n],
+                                    **{"minus single": over_runs(runs[n], [single[domain]])}, **more))
     return points, "N", "accuracy", "linear"
 
 
 def curves(bench, args):
     """What train.py logged: the losses, and the validation figures in whose leap Figure 2 sees an emergence."""
     points, drawn = [], {"train": ["loss"], "eval": ["loss", "auc", "auc_within", "accuracy", "f1_wrong"]}
-    for label, path in named(args.prms).items():
+    for label, path in ((label, path) for label, paths in named(args.prms).items() for path in paths):
         log = training_log(path)
         points += [exact(f"{label}, {kind} {key}", row["step"], row[key]) for kind, keys in drawn.items()
                    for key in keys for row in log.get(kind, ()) if row[key] is not None]
@@ -422,7 +466,8 @@ def draw(name, points, x_label, y_label, x_scale, out):
     table = [f"| | {x_label} | {y_label} | 95 % |" + "".join(f" {k} |" for k in more), "|---" * (4 + len(more)) + "|"]
     for p in points:
         cells = [p.get(k) for k in more]
-        cells = [f"{c:.3g}" if isinstance(c, float) else "" if c is None else str(c) for c in cells]
+        cells = [f"{c:.3g}" if isinstance(c, float) else "{:+.3f} ({:+.3f} to {:+.3f})".format(*c)
+                 if isinstance(c, tuple) else "" if c is None else str(c) for c in cells]
         cells = [p["series"], f"{p['x']:.6g}", f"{p['value']:.3f}", f"{p['low']:.3f} to {p['high']:.3f}", *cells]
         table.append("| " + " | ".join(cells) + " |")
     (out / f"{name}.md").write_text("\n".join(table) + "\n")
@@ -521,7 +566,7 @@ def parse(argv):
     a("--format", choices=["auto", "stepwise", "prm800k", "math-shepherd"], default="auto", help="of --first-error")
     a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"])
     a("--subset", choices=["average", "first"], default="average", help="which N of the samples")
-    a("--prms", nargs="+", default=[], help="exhibits: LABEL=FOLDER of several PRMs")
+    a("--prms", nargs="+", default=[], help="exhibits: LABEL=FOLDER ...; one label may have several training runs")
     a("--policies", nargs="+", default=[f"{x}={TINY / x}" for x in "ABC"], help="table1: LABEL=FOLDER of the LLMs")
     a("--widths", nargs="+", default=["1x4", "2x4", "4x4", "4x8"], help="fig4, fig5: beams KxM")
     a("--seeds", type=int, nargs="+", default=[0], help="sets of problems of the tiny world")

@@ -2,8 +2,8 @@
 # The whole paper in miniature, on a laptop's CPU: annotate, train, search, evaluate, compare. From the shipped
 # language models to every figure and table, in runs/tiny (or $RUN). Stop it and start it again: what is done stays.
 #
-#   bash recipes/tiny.sh                  # 101 minutes with PROCESSES=1 on a busy core (labels 14, training 23, figures 64)
-#   bash recipes/tiny.sh --fast           # fewer problems and samples, wider intervals: 5.5 minutes on two busy cores
+#   bash recipes/tiny.sh                  # MINUTES
+#   bash recipes/tiny.sh --fast           # fewer problems, samples and training runs, wider intervals: 5.5 minutes
 #   bash recipes/tiny.sh --from-nothing   # makes the language models first (hours)
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,17 +17,24 @@ for flag in "$@"; do
 done
 # each may be set from outside: PROBLEMS=50 bash recipes/tiny.sh
 if [ "$FAST" ]; then
-  : "${PROBLEMS:=100}" "${LIMIT:=25}" "${SEEDS:=0}" "${N:=8}" "${SIMULATIONS:=16}" "${EPOCHS:=2}" "${WIDTHS:=1x4 4x4}" "${SIMILAR:=12}"
+  : "${PROBLEMS:=100}" "${LIMIT:=25}" "${SEEDS:=0}" "${RUNS:=0}" "${N:=8}" "${SIMULATIONS:=16}" "${EPOCHS:=2}" "${WIDTHS:=1x4 4x4}" "${SIMILAR:=12}"
 else
-  : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
+  : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${RUNS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
 fi
-stages=19
+set -- $RUNS
+stages=$((10 + 9 * $#))
 . recipes/stages.sh
-train() {  # train NAME ROWS BACKBONE [flags]
-  local name=$1 data=$2 backbone=$3
+train() {  # train NAME ROWS BACKBONE [flags]: one PRM for each seed of RUNS; 64 rows a step, whatever PROCESSES
+  local name=$1 data=$2 backbone=$3 seed
   shift 3
-  run "train-$name" $PYTHON train.py --data "$data" --model "$backbone" --out "$RUN/prm-$name" --epochs "$EPOCHS" \
-    --lr 3e-4 --lr-head 2e-3 --val-fraction 0.1 --dtype float32 --resume "$@"
+  for seed in $RUNS; do
+    run "train-$name-$seed" ranks train.py --data "$data" --model "$backbone" --out "$RUN/prm-$name-$seed" \
+      --epochs "$EPOCHS" --lr 3e-4 --lr-head 2e-3 --accumulate $((PROCESSES < 4 ? 4 / PROCESSES : 1)) --val-fraction 0.1 --dtype float32 \
+      --seed "$seed" --resume "$@"
+  done
+}
+of() {  # of LABEL NAME: the PRMs of all runs under one label
+  for seed in $RUNS; do echo "$1=$RUN/prm-$2-$seed"; done
 }
 
 [ "$MODELS" = tiny ] || run make $PYTHON tiny/make.py --out "$MODELS" --stages tokenizer A B C xs s m l
@@ -42,8 +49,7 @@ run labels $PYTHON tiny/labels.py --votes "$RUN/aslaf.jsonl.votes" --write "$RUN
 # §2.2: PRMs of four sizes, of three label sets, of one domain each
 for size in xs s m; do train $size "$RUN/rows-consensus.jsonl" "$MODELS/$size"; done
 train l "$RUN/rows-consensus.jsonl" "$MODELS/l" --snapshots
-for set in A B truth; do train "$set" "$RUN/rows-$set.jsonl" "$MODELS/m"; done
-for domain in math code; do train $domain "$RUN/rows-$domain.jsonl" "$MODELS/l"; done
+for set in A B truth math code; do train "$set" "$RUN/rows-$set.jsonl" "$MODELS/l"; done
 
 # §4: the figures and tables
 evaluate() {  # evaluate EXHIBIT flags
@@ -52,13 +58,13 @@ evaluate() {  # evaluate EXHIBIT flags
   run "$exhibit" ranks evaluate.py --exhibit "$exhibit" --policy "$A" --limit "$LIMIT" --seeds $SEEDS --N "$N" \
     --out "$RUN" "$@"
 }
-P=$RUN/prm
-evaluate fig1 --prms xs="$P-xs" s="$P-s" m="$P-m" l="$P-l"
-evaluate fig2 --prms "$P-l" --limit "$((LIMIT / 4))"  # a PRM for each evaluation of the training: fewer problems
-evaluate fig3 --prms "LLM A"="$P-A" "LLM B"="$P-B" "ASLAF"="$P-m" "truth"="$P-truth"
-evaluate fig4 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
-evaluate fig5 --prm "$P-l" --simulations "$SIMULATIONS" --widths $WIDTHS
-evaluate fig6 --prm "$P-l"
-evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms Math="$P-math" Code="$P-code" both="$P-l"
-run similarity $PYTHON similarity.py --policy "$A" --prm "$P-l" --limit "$SIMILAR" --json "$RUN/similarity.json"
+best=$RUN/prm-l-${RUNS%% *}
+evaluate fig1 --prms $(of xs xs) $(of s s) $(of m m) $(of l l)
+evaluate fig2 --prms "$best" --limit "$((LIMIT / 4))"  # a PRM for each evaluation of the training: fewer problems
+evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth)
+evaluate fig4 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
+evaluate fig5 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
+evaluate fig6 --prm "$best"
+evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms $(of Code code) $(of Math math) $(of both l)
+run similarity ranks similarity.py --policy "$A" --prm "$best" --limit "$SIMILAR" --json "$RUN/similarity.json"
 echo "all done in $(((SECONDS - started) / 60)) min: figures and tables are in $RUN"

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, TINY
 
 import evaluate
-from evaluate import anytime, at_budget, first_error_figures, interval, maj_at, paired, pass_at, prm_at
+from evaluate import anytime, at_budget, first_error_figures, interval, maj_at, over_runs, paired, pass_at, prm_at
 
 
 def row(correct, scores=None, answers=None, tokens=10):
@@ -58,6 +58,17 @@ def test_interval_and_paired_by_hand():
     assert value == 0.5 and abs(low - 0.451) < 0.01 and abs(high - 0.549) < 0.01
     mean, se, z = paired([1, 1, 0, 1], [0, 1, 0, 0])  # differences 1 0 0 1: sd sqrt(1/3), se sqrt(1/12)
     assert mean == 0.5 and se == pytest.approx((1 / 12) ** 0.5) and z == pytest.approx(3 ** 0.5)
+
+
+def test_intervals_over_training_runs():
+    """Problems alone, runs alone, and a difference that is the same in all problems."""
+    alike, apart, mixed = [[1.0] * 50] * 3, [[0.0] * 50, [1.0] * 50], [[1.0] * 25 + [0.0] * 25]
+    assert over_runs(alike) == (1, 1, 1)
+    assert over_runs(apart) == (0.5, 0, 1)  # a quarter of the draws take one of the runs twice
+    value, low, high = over_runs(mixed)
+    assert (value, low, high) == pytest.approx((0.5, 0.5 - 1.96 * 0.0707, 0.5 + 1.96 * 0.0707), abs=0.03)
+    assert over_runs([[x - 0.25 for x in mixed[0]]], mixed) == pytest.approx((-0.25, -0.25, -0.25))  # paired
+    assert evaluate.named(["a=x/1", "a=x/2", "x/3"]) == {"a": ["x/1", "x/2"], "3": ["x/3"]}
 
 
 def test_budgets_by_hand():
