@@ -20,7 +20,8 @@ The double sum is bilinear: Σ Σ Â1·Â2 = (Σ Â1)·(Σ Â2) with Â = A/‖A
 linear in the responses, and one pass gives all pairs exactly. Intervals (95 %, bootstrap over problems: the responses
 to a problem stay together) and controls need single responses: of each a random projection is kept (--sketch D). What
 comes from sketches is a difference to S(Math, Code), added to its exact value. Memory: the model, one gradient (in its
-dtype: A waits for its norm), and four fp32 vectors of the size of the weights, which --offload keeps in main memory.
+dtype: A waits for its norm; none with --low-memory), a byte a weight for the sketch's signs, and four fp32 vectors of
+the size of the weights, which --offload keeps in main memory.
 N responses, P weights, D numbers of a sketch, K = 4 sets, n problems of a domain, R bootstrap draws.
 """
 import json
@@ -28,6 +29,7 @@ import math
 import random
 import re
 from collections import namedtuple
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -58,15 +60,20 @@ def score(lm, ids_T, start, how="nll"):
 
 
 class Reference:
-    """F with a hook on each weight tensor, called when a backward pass has finished that tensor's gradient."""
+    """F with a hook on each weight tensor, called when a backward pass has finished that tensor's gradient.
 
-    def __init__(self, lm, params="", how="nll", sketch=65536, seed=0):
-        self.lm, self.how, self.spans, self.P = lm.requires_grad_(False), how, {}, 0
+    low_memory: A's norm must be known before A is added, and so the gradient of all weights is held until then; with
+    low_memory a first backward pass has only the norm taken, a second one adds, and either frees each tensor at once.
+    """
+
+    def __init__(self, lm, params="", how="nll", sketch=65536, seed=0, low_memory=False):
+        self.lm, self.how, self.low_memory = lm.requires_grad_(False), how, low_memory
+        self.spans, self.P, self.add = {}, 0, None
         for name, p in lm.named_parameters():  # lists a tied tensor once
             if re.search(params, name):
-                self.spans[name] = p, self.P, self.P + p.numel()
+                span = self.spans[name] = p, self.P, self.P + p.numel()
                 self.P += p.numel()
-                p.requires_grad_().register_post_accumulate_grad_hook(self._hook)
+                p.requires_grad_().register_post_accumulate_grad_hook(lambda _, span=span: self._hook(*span))
         if not self.P:
             raise ValueError(f"no weight's name matches --params {params!r}")
         # Sketch: weight i, with a random sign, is added to entry i mod D. D is lowered to a prime, because a D that
@@ -75,25 +82,39 @@ class Reference:
         signs = torch.randint(0, 2, (self.P,), dtype=torch.int8, generator=torch.Generator().manual_seed(seed))
         self.signs = (2 * signs - 1).to(lm.device)
 
-    def _hook(self, p):
+    def _hook(self, p, a, b):
         p.grad.mul_(p.detach()).abs_()  # A of this tensor, in the gradient's place
-        self.square = self.square + torch.linalg.vector_norm(p.grad, dtype=torch.float32) ** 2
+        if self.add:
+            self.add(p, a, b)
+        else:
+            self.square = self.square + torch.linalg.vector_norm(p.grad, dtype=torch.float32) ** 2
+        if self.low_memory:
+            p.grad = None
 
     def accumulate(self, ids, start, sums, kept):
         """Add Â of a response to each of `sums` (P), and its sketch to `kept` (D)."""
-        self.square = 0.0
-        score(self.lm, torch.tensor(ids, device=self.lm.device), start, self.how).backward()
+        self.square, self.add = 0.0, None
+        F = score(self.lm, torch.tensor(ids, device=self.lm.device), start, self.how)
+        F.backward(retain_graph=self.low_memory)
         if not 0 < (norm := float(self.square) ** 0.5) < math.inf:
             raise ValueError(f"a response's A has norm {norm}: there is no pattern to compare")
-        for p, a, b in self.spans.values():
-            A, p.grad = p.grad.flatten(), None
-            for row in sums:
-                row[a:b].add_(A.to(row.device), alpha=1 / norm)
-            signed, head = A.float() * self.signs[a:b], min(-a % self.D, b - a)  # head: up to the next multiple of D
-            n = (b - a - head) // self.D  # whole rows of D after it
-            body, tail = signed[head:].split([n * self.D, b - a - head - n * self.D])
-            for x, at in [(signed[:head], a % self.D), (tail, 0), *([(body.view(n, -1).sum(0), 0)] if n else [])]:
-                kept[at:at + len(x)].add_(x.to(kept.device), alpha=1 / norm)
+        self.add = partial(self._add, norm, sums, kept)
+        if self.low_memory:
+            F.backward()
+        else:
+            for p, a, b in self.spans.values():
+                self.add(p, a, b)
+                p.grad = None
+
+    def _add(self, norm, sums, kept, p, a, b):
+        A = p.grad.flatten()
+        for row in sums:
+            row[a:b].add_(A.to(row.device), alpha=1 / norm)
+        signed, head = A.float() * self.signs[a:b], min(-a % self.D, b - a)  # head: up to the next multiple of D
+        n = (b - a - head) // self.D  # whole rows of D after it
+        body, tail = signed[head:].split([n * self.D, b - a - head - n * self.D])
+        for x, at in [(signed[:head], a % self.D), (tail, 0), *([(body.view(n, -1).sum(0), 0)] if n else [])]:
+            kept[at:at + len(x)].add_(x.to(kept.device), alpha=1 / norm)
 
 
 def encode(tokenizer, responses, separator, context):
@@ -279,6 +300,7 @@ def main(argv=None):
     a("--score", choices=["nll", "logprob", "logit"], default="nll", help="what F(θ, s) is (nll)")
     a("--sketch", type=int, default=65536, help="numbers kept of each response (65536)")
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
+    a("--low-memory", action="store_true", help="hold no gradient: a second backward pass for each response instead")
     a("--phrases", nargs="+", default=["wait", "however", "let me check"], help="of self-correction")
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code, from tasks.py")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
@@ -313,7 +335,7 @@ def main(argv=None):
             found.setdefault("selected, tokens shuffled", []).append(len(items))
             items.append((ids[:start] + rng.sample(ids[start:], len(ids) - start), start))
             responses.append(responses[i]._replace(text="", sets=set()))
-        reference = Reference(lm, args.params, args.score, args.sketch, args.seed)
+        reference = Reference(lm, args.params, args.score, args.sketch, args.seed, args.low_memory)
         sums, kept = accumulate(reference, items, [r.sets for r in responses], rank, world,
                                 "cpu" if args.offload else None)
     except (ValueError, OSError) as error:

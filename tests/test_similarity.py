@@ -62,6 +62,21 @@ def test_hooks_give_plain_gradients_and_tied_embeddings_count_once():
     assert all(p.grad is None for p in lm.parameters())
 
 
+def test_low_memory_holds_no_gradient_and_changes_nothing():
+    found, held = [], []
+    for low_memory in (False, True):
+        lm, most = random_qwen(), [0]
+        reference = Reference(lm, low_memory=low_memory)
+        for p in lm.parameters():  # called after similarity's own hook on the same tensor
+            p.register_post_accumulate_grad_hook(lambda _, lm=lm, most=most: most.append(
+                sum(q.grad is not None for q in lm.parameters())))
+        found.append(accumulate(reference, ITEMS, SETS_OF))
+        held.append((max(most), len(list(lm.parameters()))))
+    (all_held, tensors), (none_held, _) = held
+    assert all_held == tensors and none_held == 0
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
 def similarities(lm, **keywords):
     """(4, 4) S of the four sets over ITEMS, from the accumulated vectors, and the parts that add up to it."""
     reference = Reference(lm, **keywords)
