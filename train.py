@@ -44,7 +44,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from prm_model import load_prm
-from rows import FORMATS, command_line, distributed, gather, load_data, read_rows, split, take_out
+from rows import FORMATS, command_line, distributed, gather, load_data, read_rows, split, take_out, write_rows
 
 TINY = Path(__file__).parent / "tiny"
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16 FLOP/s
@@ -374,8 +374,7 @@ def train(args, stop):
     gather("a barrier: all ranks have read")
     if master:
         kept = [row for _, row in read_rows(out / "log.jsonl") if row["step"] <= progress["step"]] if checkpoint else []
-        (out / "log.partial").write_text("".join(json.dumps(row) + "\n" for row in kept))
-        os.replace(out / "log.partial", out / "log.jsonl")
+        write_rows(out / "log.jsonl", kept)
         for old in set(out.glob("checkpoint*")) - {checkpoint}:
             shutil.rmtree(old)
     if not checkpoint:
