@@ -224,13 +224,13 @@ def main(argv=None):
         if done and stage in args.stages:
             print(f"{stage}: done already")
         return stage in args.stages and not done
-    if todo("tokenizer"):
-        make_tokenizer(args.out / "tokenizer")
     models = [x for x in MODELS if todo(x)]
+    if (models or args.stages == ["tokenizer"]) and todo("tokenizer"):  # each model's folder has a copy
+        make_tokenizer(args.out / "tokenizer")
     if len(models) == 1:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
         print(f"{models[0]}: {train_lm(models[0], tokenizer, args.out):.1f} minutes", flush=True)
-    else:  # small matrices: two models on two cores, not one on both; the one that takes longest first
+    elif models:  # small matrices: two models on two cores, not one on both; the one that takes longest first
         models.sort(key=lambda x: -MODELS[x][1] * MODELS[x][2] * sum(MODELS[x][4]))
         again = ["--overwrite"] if args.overwrite else []
         with ThreadPoolExecutor(args.jobs) as pool:
