@@ -2,6 +2,7 @@
 
     python tiny/bars.py                            # 500 problems of each domain; about 20 minutes on two cores
     python tiny/bars.py --limit 50 --strategies beam mcts
+    python tiny/bars.py --prm truth                # the world's own grading in the PRM's place: what search alone loses
 
 1. The policy: mean single sample, majority@16 and pass@16.
 2. The PRM: AUC of p_t against the true label of each step, over all steps and among steps at the same position (so
@@ -34,6 +35,24 @@ from tiny import world  # noqa: E402
 from train import auc_pairs  # noqa: E402
 
 
+class Truth:
+    """Scores steps as the world grades them, 1 or 0: a PRM that is never wrong."""
+    tokens = 0
+
+    def __init__(self):
+        self.raw = {}  # question: problem of the world
+
+    def score_nodes(self, leaves):
+        found = {}
+        for leaf in leaves:
+            right, last = iter(world.grade(self.raw[leaf.root().text], leaf.steps())), True
+            for node in leaf.path():
+                last = next(right) if node.text else last  # no text: only the end-of-text token
+                if node.p is None:
+                    found[node] = float(last)
+        return found
+
+
 def spread(values, statistic=statistics.fmean, rounds=1000):
     """The statistic of a list with one entry a problem, and half its 95 % bootstrap interval."""
     value, low, high = interval(values, statistic, rounds)
@@ -59,6 +78,9 @@ def difference(name, a, b):
 def measure(domain, args, flags, policy, prms):
     problems = tasks.load(f"tiny-{domain}", limit=args.limit, seed=args.seed)
     raw = {p["id"]: p for p in world.problems(domain, "test", args.limit, seed=args.seed)}
+    for prm in prms:
+        if isinstance(prm, Truth):
+            prm.raw = {p["question"]: p for p in raw.values()}
     started = time.time()
 
     def solve(strategy, budgets=None, **options):
@@ -130,7 +152,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)  # what is left are flags of search.py
     _, flags = search.parse(["--strategy", "beam", "--seed", str(args.seed), *rest])
     policy = load_policy_flags(flags, "cpu")
-    prms = [load_prm(p, name=f"prm{i}") for i, p in enumerate(flags.prm)]
+    prms = [Truth() if p == "truth" else load_prm(p, name=f"prm{i}") for i, p in enumerate(flags.prm)]
     print(f"{torch.get_num_threads()} threads; policy {flags.policy}, PRM {' '.join(flags.prm)}")
     found = {domain: measure(domain, args, flags, policy, prms) for domain in args.domains}
     if args.json:
