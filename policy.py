@@ -249,16 +249,19 @@ def _extend_rows(model, name, rows, ids_of, below):
     ids = torch.zeros(mask.shape, dtype=torch.long)
     ids[mask] = torch.tensor([i for _, _, new in rows for i in new])
     hidden = batch.append(ids.to(model.device), mask.to(model.device))
-    states = {}
+    last, kept = {}, []  # of each node: the row and the position of its last token
     for row, (_, chain, new) in enumerate(rows):
         keep = chain[-1].end is None or chain[-1] in below
         kv, at = batch.new_kv(row, len(new)) if keep else None, 0
         for node in chain:
             start, at = at, at + len(ids_of(node)) - len(node.kv.get(name, ()))
-            states[node] = hidden[row, at - 1].clone()
+            last[node] = row, at - 1
             if keep:
                 node.kv[name] = torch.cat([*([node.kv[name]] if name in node.kv else []), kv[start:at]])
-                node.hidden[name] = states[node]
+                kept.append(node)
+    states = dict(zip(last, hidden[tuple(torch.tensor(list(last.values())).T)]))  # one gather for all
+    for node in kept:
+        node.hidden[name] = states[node]
     return states
 
 
