@@ -155,7 +155,7 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
                 out[i]["values"][t] = p.value()
                 out[i]["rollouts"] += len(p.outcomes)
                 out[i]["timeouts"] += p.timeouts
-                advance(i, sum(p.outcomes) > threshold * k)
+                advance(i, sum(p.outcomes) > threshold * (len(p.outcomes) if stop == "soft" else k))
     return out
 
 
@@ -304,15 +304,20 @@ def collect(args):
     if not args.data:
         return [(p, None) for p in problems]
     known = {" ".join(p.question.split()): p for p in problems}
-    found = {}
+    found, used = {}, Counter()
     for file in args.data:
         for where, row in itertools.islice(read_set(file, args.format, args.neutral), args.limit):
             question = " ".join(row["prompt"].split())
             if question not in known:
-                answer = row.get("answer")
-                known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], row.get("domain") or "math", answer)
+                known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], row.get("domain") or "math")
+            if known[question].answer is None and row.get("answer") is not None:
+                known[question].answer = str(row["answer"])
+            name = row.get("id") or where
+            used[name] += 1
+            if used[name] > 1:  # a PRM800K record has many rows, and two files may use the same ids
+                name = f"{name}#{used[name]}"
             wrong = [t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5]
-            found.setdefault(question, []).append((row.get("id") or where, row["completions"], "given",
+            found.setdefault(question, []).append((name, row["completions"], "given",
                                                    row.get("source") or file, wrong[0] if wrong else -1))
     return [(known[q], solutions) for q, solutions in found.items()]
 

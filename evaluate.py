@@ -27,12 +27,12 @@ Samples, scores and searches are kept in --out, one file for each setting: what 
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import random
 import statistics
 from functools import cached_property, partial
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -58,15 +58,20 @@ def interval(values, statistic=statistics.fmean, rounds=1000):
 
 def over_runs(runs, base=None, rounds=1000):
     """(mean, low, high) of PRMs that were trained several times: runs (R lists) of one value a problem. Bootstrap over
-    both: R runs and P problems are drawn with replacement. base: of what is subtracted, for the same problems."""
+    both: R runs and P problems are drawn with replacement. base: of what is subtracted, for the same problems.
+
+    R draws of R runs spread less than new runs would; their deviations are widened by sqrt(R / (R - 1)) for it. Three
+    runs still say little of how runs differ: where that is most of the interval, it covers less than 95 %.
+    """
     rng = torch.Generator().manual_seed(0)
     problems = torch.randint(len(runs[0]), (rounds, len(runs[0])), generator=rng)
 
     def mean(some):  # -> of all, and of each round
         values = torch.tensor(some, dtype=torch.float64)
         drawn = torch.randint(len(some), (rounds, len(some)), generator=rng)
-        each = torch.stack([run[problems].mean(1) for run in values], dim=1)
-        return float(values.mean()), each.gather(1, drawn).mean(1)
+        each = torch.stack([run[problems].mean(1) for run in values], dim=1)  # (rounds, R)
+        centre, R = each.mean(1), len(some)
+        return float(values.mean()), centre + (each.gather(1, drawn).mean(1) - centre) * (R / max(1, R - 1)) ** 0.5
     value, drawn = mean(runs)
     if base is not None:
         minus, other = mean(base)
@@ -142,8 +147,13 @@ def powers(n):
 
 def at_budget(row, tokens, how="prod"):
     """Best-of-N by the first samples that fit into `tokens` (one at least): what the same tokens buy without search."""
-    fits = sum(total <= tokens for total in accumulate(s["tokens"] for s in row["samples"]))
+    fits = sum(total <= tokens for total in itertools.accumulate(s["tokens"] for s in row["samples"]))
     return prm_at(row, max(1, fits), "first", how)
+
+
+def picked_right(row):
+    """Is what the strategy picked right?"""
+    return float(row["picked"] is not None and row["samples"][row["picked"]]["correct"])
 
 
 def anytime(row, tokens=math.inf, seconds=math.inf):
@@ -180,6 +190,8 @@ def first_error(args, bench):
     """Figures at the threshold that is best on one half of the solutions (by a hash of the question), on the other."""
     if args.first_error in tasks.TASKS:
         problems = tasks.load(args.first_error, args.data, args.split, args.limit)
+        if any("label" not in p.meta for p in problems):
+            raise ValueError(f"--first-error {args.first_error}: its rows have no label of a first error")
         items = [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
     else:
         items = []
@@ -214,11 +226,16 @@ def random_scores(found):
 
 # ---------------------------------------------------------------- samples, scores and searches, each done once
 
+def written(path):
+    """A local model's path and when its weights were written: one trained again is another."""
+    return [str(path), *(f.stat().st_mtime_ns for f in sorted(Path(path).glob("*.safetensors")))]
+
+
 class Bench:
     """Models, loaded when they are first needed, and the folder of what was done."""
 
     def __init__(self, args):
-        self.args, self.out, self.models = args, Path(args.out), {}
+        self.args, self.out, self.models, self.made = args, Path(args.out), {}, set()
         self.rank, _, self.device = distributed(args.device)
 
     @cached_property
@@ -249,20 +266,39 @@ class Bench:
         """make(some items) -> rows with an "id", for all items, over all ranks, kept in a file named after settings."""
         digest = hashlib.blake2b(json.dumps(settings, sort_keys=True, default=str).encode(), digest_size=4).hexdigest()
         file = self.out / "done" / f"{name}-{digest}.jsonl"
-        rows = journaled(file, items, make, chunk=self.args.concurrent, resume=True, desc=name)
-        return gather(rows)[0]
+        resume = self.args.resume or file in self.made  # with --overwrite each file is made once more, and then shared
+        self.made.add(file)
+        return gather(journaled(file, items, make, chunk=self.args.concurrent, resume=resume, desc=name))[0]
 
-    def sampling(self):
-        a = self.args
-        return [a.temperature, a.top_p, a.max_step_tokens, a.max_steps, a.seed, a.task, a.data]
+    def settings(self, *flags):
+        """What a file of rows depends on: the sampling, and these flags of the search."""
+        sampling = ("temperature", "top_p", "max_step_tokens", "max_steps", "separator", "policy_model",
+                    "chat_tokenizer", "dtype", "seed", "task", "data", "split")
+        return {name: getattr(self.args, name) for name in (*sampling, *flags)}
 
     def run(self, strategy, policy, prm=None, **options):
         """Sample rows of a strategy; best_of_n without a PRM is the plain pool of samples."""
         args = argparse.Namespace(**{**vars(self.args), **options})
-        settings = [strategy, policy, prm, options, self.sampling(),
-                    [args.aggregate, args.beam_score, args.c, args.simulate, args.choose] if prm else None]
+        flags = {"beam": ["k", "m", "beam_score", "prune", "adaptive"],
+                 "mcts": ["m", "simulations", "c", "simulate", "choose", "prune", "adaptive"]}.get(strategy, [])
+        settings = [strategy, written(policy), prm and written(prm),
+                    self.settings(*flags, *(["aggregate", "weighted"] if prm else [])), options]
         return self.once(f"{strategy}-{Path(policy).name}", settings, self.problems, lambda some: search.solve(
             some, strategy, self.policy(policy), [self.prm(prm)] if prm else [], args)[1])
+
+    def same_tokens(self, pool, policy, prm, *searches):
+        """The pool with as many samples more as the dearest of these searches' tokens buy for each problem: what
+        at_budget() compares them with. The same samples, and then the next ones."""
+        budgets = {}
+        for r in (r for rows in searches for r in rows):
+            budgets[r["id"]] = max(1, r["cost"]["policy_generated"], budgets.get(r["id"], 0))
+        have = {r["id"]: sum(s["tokens"] for s in r["samples"]) for r in pool}
+        short = [p for p in self.problems if have[p.id] < budgets[p.id]]
+        settings = [written(policy), written(prm), self.settings("aggregate"), [(p.id, budgets[p.id]) for p in short]]
+        more = {r["id"]: r for r in self.once(
+            f"budget-{Path(policy).name}", settings, short, lambda some: search.solve(
+                some, "best_of_n", self.policy(policy), [self.prm(prm)], self.args, [budgets[p.id] for p in some])[1])}
+        return [more.get(r["id"], r) for r in pool]
 
     def scored(self, pool, policy, prm):
         """The pool's rows with another PRM's scores."""
@@ -271,10 +307,10 @@ class Bench:
             found = dict(zip(texts, self.prm(prm).score(*zip(*texts))))
             return [{"id": r["id"], "scores": [found[r["question"], tuple(s["steps"])] for s in r["samples"]]}
                     for r in some]
-        settings = [policy, prm, len(pool[0]["samples"]), self.sampling()]
+        settings = [written(policy), written(prm), len(pool[0]["samples"]), self.settings()]
         kept = self.once(f"scores-{Path(prm).name}", settings, pool, make)
-        return [{**r, "samples": [{**s, "scores": x} for s, x in zip(r["samples"], k["scores"])]}
-                for r, k in zip(pool, kept)]
+        return [{**r, "samples": [{**s, "scores": x} for s, x in zip(r["samples"], k["scores"], strict=True)]}
+                for r, k in zip(pool, kept, strict=True)]
 
 
 def named(specs):
@@ -379,9 +415,12 @@ def fig4(bench, args, axis="tokens"):
     Beam: a run for each width K x M. MCTS: one run; its best answer whenever its cost had reached the x.
     """
     how, points = args.aggregate, []
-    pool = by_domain(bench.run("best_of_n", args.policy, args.prm[0], n=args.n))
-    beams = {(k, m): by_domain(bench.run("beam", args.policy, args.prm[0], k=k, m=m)) for k, m in args.widths}
-    trees = by_domain(bench.run("mcts", args.policy, args.prm[0], simulations=args.simulations))
+    plain = bench.run("best_of_n", args.policy, args.prm[0], n=args.n)
+    beams = {(k, m): bench.run("beam", args.policy, args.prm[0], k=k, m=m) for k, m in args.widths}
+    trees = bench.run("mcts", args.policy, args.prm[0], simulations=args.simulations)
+    pool, trees, more = by_domain(plain), by_domain(trees), by_domain(
+        bench.same_tokens(plain, args.policy, args.prm[0], trees, *beams.values()))
+    beams = {width: by_domain(rows) for width, rows in beams.items()}
 
     def cost(rows, prm=True):
         c = [r["cost"] for r in rows]
@@ -394,8 +433,8 @@ def fig4(bench, args, axis="tokens"):
             points.append(point(f"{domain}, majority", cost(rows, prm=False) * n / args.n,
                                 [maj_at(r, n) for r in rows], N=n))
         for (k, m), found in beams.items():
-            right = [float(r["picked"] is not None and r["samples"][r["picked"]]["correct"]) for r in found[domain]]
-            same = [at_budget(r, b["cost"]["policy_generated"], how) for r, b in zip(rows, found[domain])]
+            right = [picked_right(r) for r in found[domain]]
+            same = [at_budget(r, b["cost"]["policy_generated"], how) for r, b in zip(more[domain], found[domain])]
             d, se, z = paired(right, same)
             points.append(point(f"{domain}, beam", cost(found[domain]), right, width=f"{k}x{m}",
                                 above_best_of_n=d, se=se, z=z))
@@ -403,7 +442,7 @@ def fig4(bench, args, axis="tokens"):
         for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
             right = [anytime(r, **{axis: most * share if share < 1 else math.inf}) for r in trees[domain]]
             spent = [r["cost"]["policy_generated"] if share == 1 else most * share for r in trees[domain]]
-            d, se, z = paired(right, [at_budget(r, t, how) for r, t in zip(rows, spent)])
+            d, se, z = paired(right, [at_budget(r, t, how) for r, t in zip(more[domain], spent)])
             points.append(point(f"{domain}, MCTS", most * share, right,
                                 **({"above_best_of_n": d, "se": se, "z": z} if axis == "tokens" else {})))
     return points, "generated tokens a problem" if axis == "tokens" else "seconds a problem", "accuracy", "log"
@@ -445,9 +484,9 @@ def table1(bench, args):
 def curves(bench, args):
     """What train.py logged: the losses, and the validation figures in whose leap Figure 2 sees an emergence."""
     points, drawn = [], {"train": ["loss"], "eval": ["loss", "auc", "auc_within", "accuracy", "f1_wrong"]}
-    for label, path in ((label, path) for label, paths in named(args.prms).items() for path in paths):
+    for path in itertools.chain(*named(args.prms).values()):
         log = training_log(path)
-        points += [exact(f"{label}, {kind} {key}", row["step"], row[key]) for kind, keys in drawn.items()
+        points += [exact(f"{Path(path).name}, {kind} {key}", row["step"], row[key]) for kind, keys in drawn.items()
                    for key in keys for row in log.get(kind, ()) if row[key] is not None]
     return points, "optimizer step", "loss in nats, or share", "symlog"
 
@@ -549,7 +588,8 @@ def read_samples(file):
     if not rows:
         raise ValueError(f"{file}: no rows")
     unjudged = [(r, s) for r in rows for s in r["samples"] if "correct" not in s or "answer" not in s]
-    flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"], r.get("answer"), r.get("tests"),
+    flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"],
+                           None if r.get("answer") is None else str(r["answer"]), r.get("tests"),
                            r.get("meta") or {}), "\n\n".join(s["steps"])) for r, s in unjudged]
     for (_, s), verdict, key in zip(unjudged, tasks.judge_many(flat), tasks.vote_keys(flat)):
         s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
@@ -627,10 +667,11 @@ def main(argv=None):
                 for strategy in args.strategies:
                     if strategy in ("beam", "mcts"):
                         costs[strategy] = bench.run(strategy, args.policy, args.prm[0])
+                        more = by_domain(bench.same_tokens(rows, args.policy, args.prm[0], costs[strategy]))
                         for domain, some in by_domain(costs[strategy]).items() if bench.rank == 0 else ():
-                            right = [anytime(r) for r in some]
+                            right = [picked_right(r) for r in some]
                             same = [at_budget(r, b["cost"]["policy_generated"], args.aggregate)
-                                    for r, b in zip(by_domain(rows)[domain], some)]
+                                    for r, b in zip(more[domain], some)]
                             (v, low, high), (d, se, z) = interval(right), paired(right, same)
                             print(f"\n{domain}, {strategy}: {v:.3f} [{low:.2f}, {high:.2f}]; above best-of-N at the "
                                   f"same tokens: {d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")

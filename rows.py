@@ -18,6 +18,7 @@ import random
 import re
 import shutil
 import tempfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -74,14 +75,16 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     """
     names = names or (lambda item: [item["id"] if isinstance(item, dict) else item.id])
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    done = {}
+    done, twice = {}, [name for name, n in Counter(name for x in items for name in names(x)).items() if n > 1]
+    if twice:
+        raise ValueError(f"{len(twice)} ids occur more than once, {twice[0]!r} among them")
     if out is not None:
         out = Path(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         files = [f for f in [out, *sorted(out.parent.glob(out.name + ".part*"))] if f.exists()]
         for file in files if resume else ():
             text = file.read_text(encoding="utf-8")
-            for line in text[:text.rfind("\n") + 1].splitlines():  # a line cut off by a kill was not finished
+            for line in text.split("\n")[:-1]:  # a line cut off by a kill was not finished
                 done[json.loads(line)["id"]] = json.loads(line)
         if world > 1:
             dist.barrier()  # every rank has read before anyone writes

@@ -415,6 +415,8 @@ def load(task, data=None, split=None, limit=None, seed=0):
             problem = (_own if own else make)(row, len(problems))
             if not problem.question.strip():
                 raise ValueError("empty question")
+            if problem.id == str(len(problems)):  # a row without an id: its number alone would be in other tasks, too
+                problem.id = f"{task}-{problem.id}"
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError, zlib.error,
                 pickle.UnpicklingError) as e:
             what = f"no field {e}" if isinstance(e, KeyError) else str(e) or "not a row of this task"

@@ -308,6 +308,7 @@ def train(args, stop):
     # -------- data: all rows of all sets, split by problem
     load = partial(load_data, form=args.format, neutral=args.neutral, samples=args.samples, seed=args.seed)
     found, val_found = split(load(args.data), load(args.val_data or []), args.val_fraction)
+    random.Random(0).shuffle(val_found)  # of all sets, not of the first one only
     val_found = val_found[:args.val_samples]
 
     # -------- model: with --fsdp only rank 0 reads the weights
@@ -375,7 +376,7 @@ def train(args, stop):
     if master:
         kept = [row for _, row in read_rows(out / "log.jsonl") if row["step"] <= progress["step"]] if checkpoint else []
         write_rows(out / "log.jsonl", kept)
-        for old in set(out.glob("checkpoint*")) - {checkpoint}:
+        for old in {*out.glob("checkpoint*"), *(() if checkpoint else out.glob("step-*"))} - {checkpoint}:
             shutil.rmtree(old)
     if not checkpoint:
         labels = torch.cat([r.labels for r in data])

@@ -43,6 +43,7 @@ compare() {  # compare NAME TASK FILE POLICY
 compare math "$TASK" "$TEST" "$POLICY"
 compare code "$CODETASK" "$CODE" "$CODER"
 # Table 2, on the samples that best-of-N chose from
-run similarity ranks similarity.py --sets "$RUN"/math/done/best_of_n-*.jsonl "$RUN"/code/done/best_of_n-*.jsonl \
+newest() { ls -t "$RUN/$1"/done/best_of_n-*.jsonl | head -n 1; }
+run similarity ranks similarity.py --sets "$(newest math)" "$(newest code)" \
   --model "$REFERENCE" --limit "$SIMILAR" --offload --dtype "$DTYPE" --json "$RUN/similarity.json"
 tail -n 40 "$RUN"/{first-error,math,code,similarity}.log

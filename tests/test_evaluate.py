@@ -64,7 +64,8 @@ def test_intervals_over_training_runs():
     """Problems alone, runs alone, and a difference that is the same in all problems."""
     alike, apart, mixed = [[1.0] * 50] * 3, [[0.0] * 50, [1.0] * 50], [[1.0] * 25 + [0.0] * 25]
     assert over_runs(alike) == (1, 1, 1)
-    assert over_runs(apart) == (0.5, 0, 1)  # a quarter of the draws take one of the runs twice
+    # a quarter of the draws take one of the runs twice; 0.5 to either side, widened by the root of 2 / 1
+    assert over_runs(apart) == pytest.approx((0.5, 0.5 - 0.5 * 2 ** 0.5, 0.5 + 0.5 * 2 ** 0.5))
     value, low, high = over_runs(mixed)
     assert (value, low, high) == pytest.approx((0.5, 0.5 - 1.96 * 0.0707, 0.5 + 1.96 * 0.0707), abs=0.03)
     assert over_runs([[x - 0.25 for x in mixed[0]]], mixed) == pytest.approx((-0.25, -0.25, -0.25))  # paired
@@ -101,7 +102,7 @@ def test_two_ranks_are_one_and_a_rerun_does_nothing_again(tmp_path, monkeypatch)
     figures = [json.loads((tmp_path / f"{x}.json").read_text()) for x in ("one", "two")]
     assert figures[0]["metrics"] == figures[1]["metrics"] and figures[0]["beam"] == figures[1]["beam"]
     assert set(figures[0]["metrics"]["math"]["pass"]) == {"1", "2", "4"}
-    assert len(list((tmp_path / "one" / "done").iterdir())) == 2
+    assert len(list((tmp_path / "one" / "done").iterdir())) == 3  # samples, beam, and as many samples as beam cost
     monkeypatch.setattr(evaluate.search, "solve", None)  # a second run searches nothing
     evaluate.main(one)
     assert json.loads((tmp_path / "one.json").read_text()) == figures[0]
@@ -129,6 +130,26 @@ def test_exhibits_are_drawn(exhibit, bench):
         assert any("ait" in p["step"] for p in points)
 
 
+def test_other_flags_are_another_run_and_the_same_tokens_are_the_same(tmp_path, monkeypatch):
+    """What is kept is used again only for what it was made with; a search dearer than the pool gets more samples."""
+    flags = ["--limit", "2", "--N", "2", "--task", "tiny-math", "--out", str(tmp_path), "--prms", f"a={TINY / 'prm'}"]
+    bench = evaluate.Bench(evaluate.parse(flags)[1])
+    pool = bench.run("best_of_n", str(TINY / "A"), str(TINY / "prm"), n=2)
+    dear = [{"id": r["id"], "cost": {"policy_generated": 500}} for r in pool]
+    more = bench.same_tokens(pool, str(TINY / "A"), str(TINY / "prm"), dear)
+    for few, many in zip(pool, more):
+        assert [s["steps"] for s in many["samples"][:2]] == [s["steps"] for s in few["samples"]]
+        assert sum(s["tokens"] for s in many["samples"]) >= 500 > sum(s["tokens"] for s in few["samples"])
+    called = []
+    monkeypatch.setattr(evaluate.search, "solve", lambda some, *_: called.append(1) or (None, [
+        {"id": p.id, "cost": {}} for p in some]))
+    for extra, runs in (([], 1), ([], 1), (["--prune", "0"], 2), (["--K", "8"], 3), (["--simulations", "3"], 3),
+                        (["--overwrite"], 4), (["--split", "train"], 5)):
+        args = evaluate.parse([*flags, *extra])[1]
+        evaluate.Bench(args).run("beam", str(TINY / "A"), str(TINY / "prm"))
+        assert len(called) == runs
+
+
 def test_saved_samples_of_anybody(tmp_path):
     file = tmp_path / "samples.jsonl"
     sample = {"steps": ["6+1=7", "Answer: 7"], "scores": [0.9, 0.8]}
@@ -137,6 +158,8 @@ def test_saved_samples_of_anybody(tmp_path):
     evaluate.main(["--samples", str(file), "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)])
     metrics = json.loads((tmp_path / "x.json").read_text())["metrics"]["math"]
     assert metrics["pass"]["1"]["value"] == 0.5 and metrics["prm by prod"]["2"]["value"] == 1
+    with pytest.raises(ValueError, match="1 ids occur more than once"):
+        evaluate.journaled(None, [{"id": 1}, {"id": 1}], lambda some: some)
     for bad, message in (({"id": 1, "question": "q", "samples": [{"steps": ["a"], "scores": [1, 1]}]}, ":2: 2 scores"),
                          ({"id": 1, "question": "q", "samples": []}, ":2: no samples"), ({"id": 1}, ":2: no question")):
         (tmp_path / "bad.jsonl").write_text(file.read_text() + json.dumps(bad) + "\n")
