@@ -589,7 +589,7 @@ def read_samples(file):
         raise ValueError(f"{file}: no rows")
     unjudged = [(r, s) for r in rows for s in r["samples"] if "correct" not in s or "answer" not in s]
     flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"],
-                           None if r.get("answer") is None else str(r["answer"]), r.get("tests"),
+                           None if r.get("answer") is None else str(r["answer"]), tasks.unpacked(r.get("tests")),
                            r.get("meta") or {}), "\n\n".join(s["steps"])) for r, s in unjudged]
     for (_, s), verdict, key in zip(unjudged, tasks.judge_many(flat), tasks.vote_keys(flat)):
         s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)

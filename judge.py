@@ -255,9 +255,11 @@ def _reference(tests):
 
 def _judge(tests, code):
     """-> "ok" or why not. After a timeout the reference is timed too, and a slow one stretches the limits."""
-    why, limit = _why(tests, *run_program(tests, code)), _limit(tests)
-    if why == "timeout" and tests.get("reference") and "seconds" not in tests:
-        _reference(tests)
+    limit = _limit(tests)  # before the run: another thread may time the reference during it
+    why = _why(tests, *run_program(tests, code))
+    if why == "timeout" and tests.get("reference"):
+        if "seconds" not in tests:
+            _reference(tests)
         if _limit(tests) > limit:
             why = _why(tests, *run_program(tests, code))
     return why
@@ -281,6 +283,7 @@ def _why(tests, results, end, left):
 
 def judge_many(jobs, workers=None, progress=False):
     """[(tests, program)] -> ["ok" or why not]."""
+    jobs = [(t and (t["kind"] not in ("call", "stdin") or t.get("inputs") != []) and t, code) for t, code in jobs]
     lacking = [(t,) for t, _ in jobs if t and t["kind"] == "call" and "outputs" not in t]
     parallel(_reference, lacking, workers, progress)
     judged = iter(parallel(_judge, [job for job in jobs if job[0]], workers, progress))

@@ -316,10 +316,10 @@ class Policy:
         eos = eos if eos is not None else tokenizer.eos_token_id
         self.eos_ids = eos if isinstance(eos, list) else [eos]
         self.eos = torch.tensor(self.eos_ids, device=model.device)
-        # Only a token with a line end in it can complete a separator: all others need no look at their text.
+        # Only a token with the separator's last character can complete it: all others need no look at their text.
         strings = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
         newline = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
-        newline[[i for i, s in enumerate(strings) if "\n" in s]] = True
+        newline[[i for i, s in enumerate(strings) if separator[-1] in s]] = True
         self.newline, self.newline_ids = newline.to(model.device), set(newline.nonzero()[:, 0].tolist())
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         self.dtype = model.dtype
@@ -364,8 +364,8 @@ class Policy:
         if bad is not None:
             raise ValueError(f"cannot continue a solution that has ended ({bad.end}): {bad.text!r}")
         self.prefilled += extend(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
-        out = {node: [] for node in nodes}
-        jobs = [(node, key) for node, keys in next_keys(nodes, n) for key in keys]  # one a sample
+        groups = next_keys(nodes, n)
+        jobs = [(node, key) for node, keys in groups for key in keys]  # one a sample
         limit = self.max_step_tokens * (self.max_steps if whole else 1)
 
         def width(job):
@@ -373,11 +373,9 @@ class Policy:
         made = {}
         for batch in chunks(jobs, width, self.max_batch_tokens):
             for job, (ids, logps, kv) in zip(batch, self._sample_rows(batch, whole, limit)):
-                made[job[1]] = self._nodes(job[0], job[1], ids, logps, kv, whole)
-        for node, key in jobs:
-            out[node].append(made[key])
+                made[job] = self._nodes(job[0], job[1], ids, logps, kv, whole)
         self.seconds += time.perf_counter() - started
-        return [out[node] for node in nodes]
+        return [[made[node, key] for key in keys] for node, keys in groups]
 
     def _sample_rows(self, batch, whole, limit):
         """The decoding loop. batch: (node, key) -> for each (token ids, log-probabilities, keys and values)."""
@@ -523,19 +521,20 @@ class ServerPolicy:
 
     def _node(self, parent, key, choice, prompt, whole):
         text, logps, reason = choice["text"], choice["logps"], choice.get("finish_reason")
-        while not whole and reason == "stop" and text.count("```") % 2:  # stopped inside a code fence: go on
-            text = text.removesuffix(self.separator) + self.separator  # some servers return the stop string, too
-            choice = self._post({"model": self.served, "prompt": prompt + text, "n": 1, "seed": key % (1 << 31),
+        # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart (None: the
+        # end), and so does a server that returns the separator; else the end shows one request later, as no text.
+        self.returns_stop |= not whole and text.endswith(self.separator)
+        while not whole and reason == "stop" and text.count("```") % 2 and choice.get("stop_reason", "?") is not None:
+            before = text.removesuffix(self.separator) + self.separator  # stopped inside a code fence: go on
+            choice = self._post({"model": self.served, "prompt": prompt + before, "n": 1, "seed": key % (1 << 31),
                                  "max_tokens": self.max_step_tokens, "logprobs": 0, "stop": [self.separator],
                                  **self.sampling})[0]
-            text, logps, reason = text + choice["text"], logps + choice["logps"], choice.get("finish_reason")
             if not choice["text"]:
                 break  # an end of text inside the fence: asking again would change nothing
-        # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart, and so does
-        # a server that returns the separator; else the end shows one request later, as a step without text.
-        self.returns_stop |= not whole and text.endswith(self.separator)
-        over = whole or not text.strip() or (choice["stop_reason"] is None if "stop_reason" in choice else
-                                             self.returns_stop and not text.endswith(self.separator))
+            text, logps, reason = before + choice["text"], logps + choice["logps"], choice.get("finish_reason")
+            self.returns_stop |= choice["text"].endswith(self.separator)
+        over = whole or (choice["stop_reason"] is None if "stop_reason" in choice else not text.strip() or
+                         self.returns_stop and not text.endswith(self.separator))
         parts = [text] if not whole else _cut(text, self.separator)
         node = parent
         for i, part in enumerate(parts):
@@ -654,8 +653,10 @@ def add_policy_flags(parser, default=None):
 
 
 def load_policy_flags(args, device, path=None, **keywords):
+    if args.temperature < 0 or not 0 < args.top_p <= 1:
+        raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
     options = {"seed": args.seed, "temperature": args.temperature, "top_p": args.top_p,
                "max_step_tokens": args.max_step_tokens, "max_steps": args.max_steps,
                "max_batch_tokens": args.max_batch_tokens, "chat_tokenizer": args.chat_tokenizer, **keywords}
-    return load_policy(path or args.policy, device, args.dtype, args.policy_model,
-                       args.separator and args.separator.encode().decode("unicode_escape"), **options)
+    separator = args.separator and args.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    return load_policy(path or args.policy, device, args.dtype, args.policy_model, separator, **options)

@@ -243,7 +243,7 @@ def _load_published(path, config, dtype):
     missing = [n for n in names if n not in read.get(files.get(n), {})]
     if missing:
         raise ValueError(f"{path}: the PRM head's weights are missing: {', '.join(missing)}")
-    w = {n: read[files[n]][n] for n in names}
+    w = {n: read[files[n]][n].float() for n in names}  # in bf16 the difference of two rows would be rounded
     return backbone, {"0.weight": w["score.0.weight"], "0.bias": w["score.0.bias"],
                       "3.weight": w["score.2.weight"][1:] - w["score.2.weight"][:1],
                       "3.bias": w["score.2.bias"][1:] - w["score.2.bias"][:1]}

@@ -19,6 +19,7 @@ import re
 import shutil
 import tempfile
 from collections import Counter
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -52,7 +53,8 @@ def distributed(device=None):
     if device.startswith("cuda"):
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
+                                timeout=timedelta(days=2))  # ranks meet when all are done, and some are done early
         # Left to the interpreter's end, the group's threads may still run then, and the process aborts.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     return (dist.get_rank() if world > 1 else 0), world, device

@@ -2,7 +2,8 @@
 
     python search.py --strategy beam                                     # the tiny world, shipped with this repository
     python search.py --strategy mcts --task tiny-code --tokens 2000      # at most 2,000 generated tokens a problem
-    python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. How many now?"
+    python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In February \
+        she doubles them. In March she loses 9. In April she finds 6. In May she loses 4. How many now?"
     python search.py --strategy best_of_n --task math500 --policy Qwen/Qwen2.5-7B-Instruct \
                      --prm Qwen/Qwen2.5-Math-PRM-7B
     torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --policy ... --prm ... --out beam.jsonl
@@ -48,7 +49,7 @@ def best_of_n(root, n, left, **_):
     """
     drawn, longest = 0, math.inf
     while drawn < n:
-        take = n - drawn if left() == math.inf else max(1, min(n - drawn, int(left() // longest)))
+        take = n - drawn if left() == math.inf else max(1, min(n - drawn, int(left() // max(1, longest))))
         [ends] = yield Request([root], take, whole=True)
         longest = max([end.tokens() for end in ends] + [0 if drawn == 0 else longest])
         drawn += take
@@ -97,7 +98,7 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
         leaf = path[-1]
         if leaf.end is None and (leaf is root or N[leaf]):                  # 2. expansion of a node seen before
             [steps] = yield Request([leaf], m * (1 + (adaptive and leaf in children and unsure(children[leaf]))))
-            drawn[leaf] += len(steps)
+            drawn[leaf] += m  # an adaptive one, too: what is drawn never passes what is allowed
             steps = merge(children.get(leaf, []) + steps)
             children[leaf] = [s for s in steps if s.p >= prune] or steps
             path.append(uct_select(leaf, [s for s in children[leaf] if s not in closed] or children[leaf], N, Q, c))
@@ -261,7 +262,7 @@ def sample_rows(problems, searches, strategy, args, separator):
             picked = max(below, key=rewards.__getitem__, default=picked)
         rows.append({
             "id": p.id, "domain": p.domain, "question": p.question, "strategy": strategy,
-            **({"tests": p.tests} if p.domain == "code" else {"answer": p.answer}),
+            **({"tests": tasks.packed(p.tests)} if p.domain == "code" else {"answer": p.answer}),
             "samples": [{"steps": n.steps(), "scores": [x.p for x in n.path() if x.text], "answer": answer,
                          "correct": v.ok, "tokens": n.tokens(), "end": n.end}
                         for n, answer, v in zip(nodes, answers, verdicts)],

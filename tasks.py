@@ -84,7 +84,7 @@ def normalise(answer):
     s = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*{([^{}]*)}", r"\1", s)
     s = re.sub(r"\^\s*(?:\\circ|{\s*\\circ\s*})", "°", s)
     s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
-    s = re.sub(r"_{(\d+)}$", r"_\1", re.sub(r"\s+", "", s))
+    s = re.sub(r"_{(\d+)}$", r"_\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", s))  # "1 1/2" is not "11/2"
     if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", s):
         s = s.replace(",", "")
     return str(int(s.split(".")[0])) if re.fullmatch(r"[-+]?\d{1,999}(\.0*)?", s) else s
@@ -355,9 +355,23 @@ def _livecodebench(row, n):
                     date=str(row["contest_date"]))
 
 
+def packed(tests):
+    """Tests as JSON can carry them: MBPP+ has complex numbers, sets, and keys that are tuples."""
+    return tests and {**{k: judge.encode(v) if k in ("inputs", "example_inputs", "outputs") else v
+                         for k, v in tests.items()}, "packed": True}
+
+
+def unpacked(tests):
+    """The inverse of packed(); tests that were written otherwise stay as they are."""
+    if not (tests and tests.get("packed")):
+        return tests
+    return {k: judge.decode(v) if k in ("inputs", "example_inputs", "outputs") else v
+            for k, v in tests.items() if k != "packed"}
+
+
 def _own(row, n):
     """This project's own form: {"id", "question", "answer"} or {"id", "question", "tests": {...}}."""
-    tests, answer = row.get("tests"), row.get("answer")
+    tests, answer = unpacked(row.get("tests")), row.get("answer")
     if tests and tests.get("kind") not in ("call", "stdin", "assert", "unittest"):
         raise ValueError(f"tests of kind {tests.get('kind')!r}")
     answer = None if answer is None else str(answer)

@@ -195,6 +195,23 @@ def test_an_unfinished_solution_and_a_judge_that_times_out(monkeypatch):
     assert (records[2]["votes"], records[2]["timeouts"], records[2]["labels"]) == ({"A": 0}, 4, [False, False])
 
 
+def test_every_row_of_a_prm800k_record_and_a_late_answer_are_kept(tmp_path):
+    """A record is a path and its rated alternatives; of the rows to one question the second brings the answer."""
+    step = lambda *texts: {"completions": [{"text": t, "rating": 1} for t in texts], "chosen_completion": 0,  # noqa: E731
+                           "human_completion": None}
+    record = {"question": {"problem": "Q?", "ground_truth_answer": "4"},
+              "label": {"finish_reason": "solution", "steps": [step("a", "b"), step("c", "d", "e")]}}
+    plain = {"prompt": "R?", "completions": ["x"], "labels": [True], "id": "1"}
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    files[0].write_text(json.dumps(record) + "\n")
+    files[1].write_text(json.dumps(plain) + "\n" + json.dumps({**plain, "completions": ["y"], "answer": 5}) + "\n")
+    args = annotate.parse(["--data", *map(str, files)])[1]
+    jobs = annotate.collect(args)
+    names = [s[0] for _, solutions in jobs for s in solutions]
+    assert [(p.question, p.answer, len(s)) for p, s in jobs] == [("Q?", "4", 4), ("R?", "5", 2)]
+    assert len(set(names)) == 6 and {"1", "1#2"} < set(names)
+
+
 @pytest.mark.parametrize("flags, message", [(["--k", "0"], "--k must be positive"), (["--consensus", "4"], "1 to 3"),
                                             (["--labels", "soft"], "--search linear"),
                                             (["--policies", "nowhere"], "nowhere")])

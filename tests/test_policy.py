@@ -76,6 +76,13 @@ def test_every_token_of_a_shared_prefix_is_encoded_once(tokenizer):
     assert policy.prefilled == sum(len(n.ids) for n in [root, shared, *ends])
 
 
+def test_a_node_that_is_named_twice_gets_samples_for_each(tokenizer):
+    policy = Policy(random_qwen(len(tokenizer)), tokenizer, "\n", max_step_tokens=4)
+    root = policy.root("p", "What is 1+1?")
+    groups = policy.propose([root, root], 2)
+    assert [len(g) for g in groups] == [2, 2] and len({n.key for g in groups for n in g}) == 4
+
+
 def test_greedy_equals_generate(tokenizer):
     policy = make(tokenizer, temperature=0, max_step_tokens=10, max_steps=1)
     root = roots(policy)[1]

@@ -109,6 +109,23 @@ def test_root_visits_equal_simulations_and_q_is_the_mean():
     assert N[s.root] == 7 == sum(N[a] for a in children[s.root]) and best == "cxy"
 
 
+def test_mcts_with_adaptive_breadth_goes_on_when_the_tree_is_closed():
+    """Unsure steps that all end: an expansion draws twice M, and the nodes that are reopened must still draw."""
+    tree = {"": [("a", 0.5, False), ("b", 0.4, False)], "a": [("x", 0.5, True)], "b": [("y", 0.5, True)]}
+    s, _ = run(mcts, tree, m=2, simulations=30, c=0.5, adaptive=True)
+    assert s.result[0][s.root] == 30
+
+
+def test_rows_of_ids_and_texts_that_are_unusual_come_back(tmp_path):
+    """U+2028 is a line end to str.splitlines() but not to JSONL; equal ids cannot be told apart."""
+    rows = [{"id": "1", "text": "a\u2028b"}, {"id": "2", "text": "c"}]
+    for resume in (False, True):
+        found = search.journaled(tmp_path / "x", rows, lambda some: some, resume=resume)
+        assert found == rows
+    with pytest.raises(ValueError, match="1 ids occur more than once, '1'"):
+        search.journaled(None, [rows[0], rows[0]], lambda some: some)
+
+
 def test_mcts_widens_where_it_visits():
     """Three samples are bad, the fourth is good: after one visit nothing new is left, and the root is widened."""
     late = {"": [("a", 0.1, True)] * 3 + [("b", 0.9, True)]}

@@ -98,6 +98,18 @@ def test_references_grade_right_and_a_constant_wrong(task, name):
     assert not any(v.ok for v in constant) and {v.why for v in constant} == {"wrong answer"}
 
 
+def test_tests_travel_through_json():
+    tests = {"kind": "call", "entry": "f", "inputs": [[1j, {2}], [(1, 2), {(0, 1): 2}]], "outputs": [(3,), 1 << 60]}
+    assert tasks.unpacked(json.loads(json.dumps(tasks.packed(tests)))) == tests
+    assert tasks.unpacked({"kind": "call", "inputs": [[{"a": 1}]]}) == {"kind": "call", "inputs": [[{"a": 1}]]}
+    assert judge.judge_many([({"kind": "stdin", "inputs": [], "outputs": []}, "print(1)")]) == ["no tests"]
+
+
+def test_numbers_without_ids_do_not_collide_between_tasks(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+    assert [load(t, tmp_path / "x.jsonl")[0].id for t in ("gsm8k", "aime24")] == ["gsm8k-0", "aime24-0"]
+
+
 def test_vote_keys_of_math():
     p, q = Problem("p", "q", "math", "0.5"), Problem("q", "other", "math", "7")
     texts = [r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", "no idea", r"\boxed{\dfrac12}", r"\boxed{7}"]
