@@ -484,9 +484,10 @@ def table1(bench, args):
 def curves(bench, args):
     """What train.py logged: the losses, and the validation figures in whose leap Figure 2 sees an emergence."""
     points, drawn = [], {"train": ["loss"], "eval": ["loss", "auc", "auc_within", "accuracy", "f1_wrong"]}
-    for path in itertools.chain(*named(args.prms).values()):
+    for label, path in ((x if len(paths) == 1 else Path(path).name, path)
+                        for x, paths in named(args.prms).items() for path in paths):
         log = training_log(path)
-        points += [exact(f"{Path(path).name}, {kind} {key}", row["step"], row[key]) for kind, keys in drawn.items()
+        points += [exact(f"{label}, {kind} {key}", row["step"], row[key]) for kind, keys in drawn.items()
                    for key in keys for row in log.get(kind, ()) if row[key] is not None]
     return points, "optimizer step", "loss in nats, or share", "symlog"
 
