@@ -155,7 +155,7 @@ def train_lm(name, tokenizer, out):
         if step % 50 == 0 or step == steps - 1:
             print(f"{name} step {step} loss {running:.4f} lr {lr:.5f} {tokens / (time.time() - started):.0f} tokens/s "
                   f"{(seconds + time.time() - started) / 60:.1f} min", flush=True)
-        if time.time() - saved_at > 120:
+        if time.time() - saved_at > 120 or at == length - 1:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
                         "seconds": seconds + time.time() - started, "tokens": seen + tokens}, out / f"{name}.tmp")
             os.replace(out / f"{name}.tmp", partial)
