@@ -306,12 +306,13 @@ class Policy:
     """A causal LM that proposes steps. Counters (generated, prefilled, seconds) only ever grow."""
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0, max_step_tokens=512,
-                 max_steps=64, max_batch_tokens=65536, name="policy"):
+                 max_steps=64, max_solution_tokens=2048, max_batch_tokens=65536, name="policy"):
         model.set_attn_implementation("grouped")
         self.lm, self.model, self.tokenizer = model, model.base_model, tokenizer
         self.separator, self.name = separator, name
         self.seed, self.temperature, self.top_p = seed, temperature, top_p
-        self.max_step_tokens, self.max_steps, self.max_batch_tokens = max_step_tokens, max_steps, max_batch_tokens
+        self.max_step_tokens, self.max_steps, self.max_solution_tokens = max_step_tokens, max_steps, max_solution_tokens
+        self.max_batch_tokens = max_batch_tokens
         eos = model.generation_config.eos_token_id if model.generation_config else None
         eos = eos if eos is not None else tokenizer.eos_token_id
         self.eos_ids = eos if isinstance(eos, list) else [eos]
@@ -366,7 +367,7 @@ class Policy:
         self.prefilled += extend(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
         groups = next_keys(nodes, n)
         jobs = [(node, key) for node, keys in groups for key in keys]  # one a sample
-        limit = self.max_step_tokens * (self.max_steps if whole else 1)
+        limit = min(self.max_solution_tokens, self.max_step_tokens * (self.max_steps if whole else 1))
 
         def width(job):
             return sum(len(x.ids) for x in job[0].path()) + len(job[0].root().ids) + min(limit, 256)
@@ -389,13 +390,15 @@ class Policy:
         keys = torch.tensor([key for _, key in batch], device=device)
         alive = torch.arange(len(batch), device=device)  # the batch item that each row works on
         length = torch.zeros_like(alive)                 # tokens of the rows that have stopped, 0 while they go on
+        end = torch.tensor([min(self.context, len(n.root().ids) + self.max_solution_tokens) for n, _ in batch],
+                           device=device)                # the prompt's and the solution's tokens at most
         tokens, logps = [], []                           # one (rows) tensor for each t
         results = [None] * len(batch)
         for t in range(limit):
             token, logp = sample(logits, keys[alive], t, self.temperature, self.top_p)
             tokens.append(token)
             logps.append(logp)
-            stop = torch.isin(token, self.eos) | (t == limit - 1) | (rows.position + 1 >= self.context)
+            stop = torch.isin(token, self.eos) | (t == limit - 1) | (rows.position + 1 >= end[alive])
             if not whole:
                 maybe = (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0]
                 if len(maybe):
@@ -482,10 +485,11 @@ class ServerPolicy:
     dtype = torch.float32  # of the PRM beside it
 
     def __init__(self, url, model, chat_tokenizer=None, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=512, max_steps=64, retries=5, timeout=600, parallel=32):
+                 max_step_tokens=512, max_steps=64, max_solution_tokens=2048, retries=5, timeout=600, parallel=32):
         self.url, self.served, self.chat_tokenizer, self.separator = url.rstrip("/"), model, chat_tokenizer, separator
         self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
-        self.max_step_tokens, self.max_steps, self.retries, self.timeout = max_step_tokens, max_steps, retries, timeout
+        self.max_step_tokens, self.max_steps, self.max_solution_tokens = max_step_tokens, max_steps, max_solution_tokens
+        self.retries, self.timeout = retries, timeout
         self.pool, self.returns_stop = ThreadPoolExecutor(parallel), False
         self.generated = self.prefilled = 0
         self.seconds = 0.0
@@ -511,7 +515,8 @@ class ServerPolicy:
         The seed is the first sample's key, so a rerun draws the same."""
         text = self._text(parent)
         body = {"model": self.served, "prompt": text, "logprobs": 0, **self.sampling,
-                "max_tokens": self.max_step_tokens * (self.max_steps if whole else 1)}
+                "max_tokens": max(1, min(self.max_solution_tokens - parent.tokens(),
+                                         self.max_step_tokens * (self.max_steps if whole else 1)))}
         if not whole:
             body["stop"] = [self.separator]
         choices = []
@@ -649,6 +654,7 @@ def add_policy_flags(parser, default=None):
     a("--top-p", type=float, default=1.0)
     a("--max-step-tokens", type=int, default=512)
     a("--max-steps", type=int, default=40)
+    a("--max-solution-tokens", type=int, default=2048)
     a("--max-batch-tokens", type=int, default=65536, help="padded tokens of one forward: lower it to save memory")
 
 
@@ -657,6 +663,7 @@ def load_policy_flags(args, device, path=None, **keywords):
         raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
     options = {"seed": args.seed, "temperature": args.temperature, "top_p": args.top_p,
                "max_step_tokens": args.max_step_tokens, "max_steps": args.max_steps,
+               "max_solution_tokens": args.max_solution_tokens,
                "max_batch_tokens": args.max_batch_tokens, "chat_tokenizer": args.chat_tokenizer, **keywords}
     separator = args.separator and args.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     return load_policy(path or args.policy, device, args.dtype, args.policy_model, separator, **options)

@@ -223,3 +223,11 @@ def test_a_solution_ends_where_the_context_does(tokenizer):
     ends = [end for group in policy.complete(roots(policy), 3) for end in group]
     assert max(len(end.root().ids) + end.tokens() for end in ends) == 40
     assert all(end.end == "length" for end in ends if len(end.root().ids) + end.tokens() == 40)
+    # So it does at --max-solution-tokens, whatever the length of the prompt, in one go or step by step.
+    policy = make(tokenizer, max_step_tokens=100, max_solution_tokens=15)
+    live, ends = roots(policy), [end for group in policy.complete(roots(policy), 3) for end in group]
+    while live:
+        nodes = [node for group in policy.propose(live, 2) for node in group]
+        live, ends = [n for n in nodes if n.end is None][:4], ends + [n for n in nodes if n.end]
+    assert max(end.tokens() for end in ends) == 15
+    assert all((end.end == "length") == (end.tokens() == 15) for end in ends)
