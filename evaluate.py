@@ -272,8 +272,8 @@ class Bench:
 
     def settings(self, *flags):
         """What a file of rows depends on: the sampling, and these flags of the search."""
-        sampling = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens", "separator", "policy_model",
-                    "chat_tokenizer", "dtype", "seed", "task", "data", "split")
+        sampling = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens", "separator",
+                    "policy_model", "chat_tokenizer", "dtype", "seed", "task", "data", "split")
         return {name: getattr(self.args, name) for name in (*sampling, *flags)}
 
     def run(self, strategy, policy, prm=None, **options):
