@@ -219,7 +219,8 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
                 if s.request and (s.spent >= s.tokens or s.took >= s.seconds):
                     s.plan.close()
                     s.request = None
-        if progress is not None:
+        if progress is not None:  # with a real model no problem may be done for minutes: show the tokens, too
+            progress.set_postfix_str(f"{sum(s.spent for s in searches)} tokens", refresh=False)
             progress.update(sum(s.request is None for s in live))
         live = [s for s in live if s.request]
 
