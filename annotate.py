@@ -31,7 +31,7 @@ from pathlib import Path
 
 import tasks
 from policy import add_policy_flags, load_policy_flags
-from rows import add_run_flags, check_run_flags, command_line, distributed, journaled, read_set, write_rows
+from rows import add_run_flags, check_run_flags, command_line, distributed, journaled, read_set, same_flags, write_rows
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -360,6 +360,7 @@ def parse(argv):
         parser.error(f"--consensus: all, majority, or 1 to {voters}, not {args.consensus}")
     if args.labels == "soft" and (args.search != "linear" or args.stop == "hard"):
         parser.error("--labels soft needs every value: --search linear --stop none (or soft)")
+    same_flags(parser, args)
     return parser, args
 
 

@@ -159,6 +159,24 @@ def check_run_flags(parser, args, *positive):
                 parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
 
 
+def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "device", "json", "out", "resume",
+                                   "overwrite")):
+    """Exit with one line when --resume would go on with rows that other flags made. OUT.flags tells; flags in `free`
+    may change: they do not change a row."""
+    if args.out and os.environ.get("RANK", "0") == "0":
+        out = Path(args.out)
+        file, now = out.with_name(out.name + ".flags"), {k: v for k, v in vars(args).items() if k not in free}
+        begun = out.exists() or [*out.parent.glob(out.name + ".votes*"), *out.parent.glob(out.name + ".part*")]
+        try:
+            was = json.loads(file.read_text()) if begun and args.resume and file.exists() else now
+            for k in (k for k in now if k in was and was[k] != now[k]):
+                parser.error(f"--resume: {out} was begun with --{k.replace('_', '-')} {was[k]}, not {now[k]}")
+            out.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(now) + "\n")
+        except (OSError, ValueError) as error:
+            parser.error(f"--out {out}: {error}")
+
+
 def take_out(out, resume, overwrite, needed):
     """What keeps --out from being written, or None: asked before anything is trained."""
     if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:

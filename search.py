@@ -27,7 +27,7 @@ from tqdm import tqdm
 import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm, score_steps
-from rows import add_run_flags, check_run_flags, command_line, distributed, journaled
+from rows import add_run_flags, check_run_flags, command_line, distributed, journaled, same_flags
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -381,6 +381,7 @@ def parse(argv):
         parser.error("--aggregate sum is not in [0, 1], which UCT needs: take last, min, prod or mean")
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
+    same_flags(parser, args)
     args.tokens, args.seconds = args.tokens or math.inf, args.seconds or math.inf
     return parser, args
 

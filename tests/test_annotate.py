@@ -156,6 +156,7 @@ def test_killed_and_resumed_and_two_ranks_are_one_whole_run(tmp_path, capsys):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "pass --resume" in fails([*flags, "--out", str(killed)], capsys)
+    assert "not soft" in fails([*flags, "--out", str(killed), "--resume", "--stop", "soft"], capsys)
     with open(part, "a") as file:
         file.write('{"id": "half a li')
     annotate.main([*flags, "--out", str(killed), "--resume"])

@@ -238,7 +238,8 @@ def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
     out = tmp_path / "rows.jsonl"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "search.py",
                     *SMALL, "--out", str(out)], cwd=ROOT, check=True)
-    assert results(out) == one_process and [f.name for f in tmp_path.iterdir()] == ["rows.jsonl"]
+    assert results(out) == one_process
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.flags"]
 
 
 def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
@@ -257,6 +258,9 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     with pytest.raises(SystemExit):
         search.main(flags)
     assert "pass --resume" in capsys.readouterr().err and part.exists()
+    with pytest.raises(SystemExit):
+        search.main([*flags, "--resume", "--seed", "5"])
+    assert "was begun with --seed 0, not 5" in capsys.readouterr().err and part.exists()
     search.main([*flags, "--resume"])
     assert results(out) == one_process
 
