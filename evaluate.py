@@ -257,8 +257,7 @@ class Bench:
 
     def prm(self, path):
         if path not in self.models:
-            dtype = getattr(torch, self.args.dtype or ("bfloat16" if self.device.startswith("cuda") else "float32"))
-            self.models[path] = load_prm(path, self.device, dtype, name=path,
+            self.models[path] = load_prm(path, self.device, self.args.dtype,
                                          max_batch_tokens=self.args.max_batch_tokens)
         return self.models[path]
 

@@ -29,10 +29,8 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.cache_utils import Cache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
 INSTRUCTION = {"math": "Solve step by step, with an empty line between steps. "
@@ -59,21 +57,23 @@ class Node:
     scores: list = field(default_factory=list)  # the same for each PRM of several
     kv: dict = field(default_factory=dict)      # model -> (tokens, L, 2, H, D) keys and values of own tokens
     hidden: dict = field(default_factory=dict)  # model -> (hidden size) last hidden state of the last token
-    prm_ids: dict = field(default_factory=dict) # PRM -> the tokens of this step as that PRM reads it
+
+    def line(self):
+        """This node and all before it, from the root."""
+        nodes = [self]
+        while nodes[-1].parent is not None:
+            nodes.append(nodes[-1].parent)
+        return nodes[::-1]
 
     def path(self):
-        """Nodes from the first step to this one, the root left out."""
-        nodes, node = [], self
-        while node.parent is not None:
-            nodes.append(node)
-            node = node.parent
-        return nodes[::-1]
+        """The same without the root: the steps."""
+        return self.line()[1:]
 
     def steps(self):
         return [n.text for n in self.path() if n.text]
 
     def root(self):
-        return self if self.parent is None else self.parent.root()
+        return self.line()[0]
 
     def tokens(self):
         """Generated tokens on the path."""
@@ -121,22 +121,6 @@ class RoomyLayer(DynamicLayer):
         return self.length
 
 
-def grouped_attention(module, query, key, value, attention_mask, **keywords):
-    """Transformers' sdpa, except for one new token a row, where its copying of every key for every query head (grouped
-    queries, Ainslie et al. 2023, arXiv 2305.13245) would cost more than the attention: there the query heads of a
-    group go in as if they were query positions of their key-value head. Same sums, on any kernel and device."""
-    (B, heads, M, D), H = query.shape, key.shape[1]
-    if M > 1 or attention_mask is None or heads == H:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **keywords)
-    out = torch.nn.functional.scaled_dot_product_attention(
-        query.reshape(B, H, heads // H, D), key, value, attn_mask=attention_mask, scale=keywords.get("scaling"))
-    return out.reshape(B, 1, heads, D), None
-
-
-AttentionInterface.register("grouped", grouped_attention)
-AttentionMaskInterface.register("grouped", sdpa_mask)
-
-
 class Rows:
     """A batch of paths laid side by side, padded on the left, for one model: what one forward works on."""
 
@@ -148,7 +132,7 @@ class Rows:
         parts = [[n.kv[name] for n in path if name in n.kv] for path in paths]
         lengths = torch.tensor([sum(len(t) for t in row) for row in parts], device=device)
         B, P = len(paths), int(lengths.max())
-        self.model, self.name, self.prefix = model, name, P
+        self.model, self.prefix, self.length = model, P, P  # length: tokens of a row so far, padding included
         self.position = lengths  # (B) position of the next token
         self.mask = torch.zeros(B, P + room, dtype=torch.bool, device=device)
         self.mask[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
@@ -156,14 +140,11 @@ class Rows:
         if P:  # one copy for the whole batch: all tokens of all paths, in the order in which the mask lists them
             self.kv[self.mask] = torch.cat([t for row in parts for t in row])
         self.kv = self.kv.permute(2, 3, 0, 4, 1, 5).contiguous()  # (L, 2, B, H, P + room, D)
-        self._layers(P)
-
-    def _layers(self, length):
-        self.cache = Cache(layers=[RoomyLayer(k, v, length) for k, v in self.kv])
 
     def append(self, ids, mask=None):
         """Run the model on ids (B, M), padding on the right where mask (B, M) is False -> hidden states (B, M, h)."""
-        M, start = ids.shape[1], self.cache.get_seq_length()
+        M, start = ids.shape[1], self.length
+        cache = Cache(layers=[RoomyLayer(k, v, start) for k, v in self.kv])
         self.mask[:, start:start + M] = True if mask is None else mask
         seen = self.mask[:, None, None, :start + M]
         if M > 1:
@@ -172,9 +153,9 @@ class Rows:
             # The padding's own rows would attend to nothing, which is NaN in some kernels: let them see themselves.
             seen = seen | torch.eye(M, start + M, dtype=torch.bool, device=ids.device).roll(start, dims=1)
         positions = self.position[:, None] + torch.arange(M, device=ids.device)
-        out = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=self.cache,
+        out = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
                          use_cache=True)
-        self.position = self.position + (M if mask is None else mask.sum(1))
+        self.position, self.length = self.position + (M if mask is None else mask.sum(1)), start + M
         return out.last_hidden_state
 
     def new_kv(self, row, n):
@@ -184,14 +165,11 @@ class Rows:
     def keep(self, rows):
         """Go on with these rows (B'), in this order; a row may be named several times."""
         self.kv, self.mask, self.position = self.kv[:, :, rows].contiguous(), self.mask[rows], self.position[rows]
-        self._layers(self.cache.get_seq_length())
 
     def grow(self, room):
         """Room for more tokens."""
-        length = self.cache.get_seq_length()
-        self.kv = torch.cat([self.kv, torch.zeros_like(self.kv[:, :, :, :, :1]).expand(*[-1] * 4, room, -1)], dim=4)
+        self.kv = torch.nn.functional.pad(self.kv, (0, 0, 0, room))
         self.mask = torch.nn.functional.pad(self.mask, (0, room))
-        self._layers(length)
 
 
 def chunks(items, length, max_tokens):
@@ -219,30 +197,26 @@ def extend(model, name, leaves, ids_of, max_tokens):
     todo, below, states, spent = {}, {}, {}, 0
     for node in leaves:
         while node is not None and name not in node.hidden and node not in todo:
-            todo[node] = None
-            if node.parent is not None:
-                below.setdefault(node.parent, []).append(node)
+            todo[node] = ids_of(node)[len(node.kv.get(name, ())):]  # a generated step: all but its last token is known
+            below.setdefault(node.parent, []).append(node)
             node = node.parent
     while todo:
         rows = []
-        for head in [n for n in todo if n.parent is None or n.parent not in todo]:
+        for head in [n for n in todo if n.parent not in todo]:
             chain = [head]
             while len(below.get(chain[-1], ())) == 1:
                 chain.append(below[chain[-1]][0])
-            partial = [head] if name in head.kv else []  # a generated step: all but its last token is known
-            new = [i for n in chain for i in ids_of(n)][len(head.kv.get(name, ())):]
-            rows.append(((_line(head.parent) if head.parent else []) + partial, chain, new))
+            known = head.line() if name in head.kv else head.line()[:-1]
+            rows.append((known, chain, [i for n in chain for i in todo[n]]))
         for batch in chunks(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens):
             spent += sum(len(new) for _, _, new in batch)
-            states.update(_extend_rows(model, name, batch, ids_of, below))
-        for _, chain, _ in rows:
-            for node in chain:
-                del todo[node]
+            states.update(_extend_rows(model, name, batch, todo, below))
+        todo = {node: ids for node, ids in todo.items() if node not in states}
     return spent, states
 
 
-def _extend_rows(model, name, rows, ids_of, below):
-    """One forward for rows of (nodes before, chain of nodes to encode, their new tokens)."""
+def _extend_rows(model, name, rows, todo, below):
+    """One forward for rows of (nodes before, chain of nodes to encode, their new tokens: todo has them by node)."""
     sizes = torch.tensor([len(new) for _, _, new in rows])
     batch = Rows(model, name, [prefix for prefix, _, _ in rows], int(sizes.max()))
     mask = torch.arange(int(sizes.max())) < sizes[:, None]
@@ -254,7 +228,7 @@ def _extend_rows(model, name, rows, ids_of, below):
         keep = chain[-1].end is None or chain[-1] in below
         kv, at = batch.new_kv(row, len(new)) if keep else None, 0
         for node in chain:
-            start, at = at, at + len(ids_of(node)) - len(node.kv.get(name, ()))
+            start, at = at, at + len(todo[node])
             last[node] = row, at - 1
             if keep:
                 node.kv[name] = torch.cat([*([node.kv[name]] if name in node.kv else []), kv[start:at]])
@@ -273,8 +247,7 @@ def uniform(keys, t):
     multiplications wrap around in int64; the right shifts are made logical by masking."""
     def shift(x, n):
         return (x >> n) & ((1 << (64 - n)) - 1)
-    step = (t + 1) * 0x9E3779B97F4A7C15 % (1 << 64)
-    z = keys + (step - (1 << 64) if step >> 63 else step)
+    z = keys + torch.full_like(keys, t + 1) * -7046029254386353131
     z = (z ^ shift(z, 30)) * -4658895280553007687
     z = (z ^ shift(z, 27)) * -7723592293110705685
     z = z ^ shift(z, 31)
@@ -307,7 +280,7 @@ class Policy:
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0, max_step_tokens=512,
                  max_steps=64, max_solution_tokens=2048, max_batch_tokens=65536, name="policy"):
-        model.set_attn_implementation("grouped")
+        model.set_attn_implementation("sdpa")  # the one that takes our masks
         self.lm, self.model, self.tokenizer = model, model.base_model, tokenizer
         self.separator, self.name = separator, name
         self.seed, self.temperature, self.top_p = seed, temperature, top_p
@@ -323,30 +296,25 @@ class Policy:
         newline[[i for i, s in enumerate(strings) if separator[-1] in s]] = True
         self.newline, self.newline_ids = newline.to(model.device), set(newline.nonzero()[:, 0].tolist())
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-        self.dtype = model.dtype
-        self.generated = self.prefilled = 0
-        self.seconds = 0.0
+        self.generated = self.prefilled = self.seconds = 0
 
     def root(self, problem_id, question, domain="math"):
         """The prompt of a problem as a node. The seed and the problem's id fix all that is sampled below it."""
         if not question.strip():
             raise ValueError(f"problem {problem_id}: the question is empty")
-        return Node(question, ids=self._prompt_ids(question, domain), key=child_key(self.seed, problem_id),
-                    domain=domain)
+        return Node(question, ids=self._ids(question, domain), key=child_key(self.seed, problem_id), domain=domain)
 
-    def _prompt_ids(self, question, domain):
-        if self.tokenizer.chat_template:
-            return list(chat_prompt(self.tokenizer, question, domain, tokenize=True))
-        return self._step_ids(question)
-
-    def _step_ids(self, text):
+    def _ids(self, text, domain=None):
+        """Tokens of a step, or of the prompt, which has a domain."""
+        if domain and self.tokenizer.chat_template:
+            return chat_prompt(self.tokenizer, text, domain, tokenize=True)
         return self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
 
     def adopt(self, root, steps):
         """Existing text as a path below root: its last node. Its tokens count as prefilled, not generated."""
         node = root
         for i, text in enumerate(steps):
-            node = Node(text, node, self._step_ids(text), key=child_key(node.key, f"adopted {i} {text}"),
+            node = Node(text, node, self._ids(text), key=child_key(node.key, f"adopted {i} {text}"),
                         depth=node.depth + 1, domain=root.domain)
         return node
 
@@ -370,7 +338,7 @@ class Policy:
         limit = min(self.max_solution_tokens, self.max_step_tokens * (self.max_steps if whole else 1))
 
         def width(job):
-            return sum(len(x.ids) for x in job[0].path()) + len(job[0].root().ids) + min(limit, 256)
+            return sum(len(x.ids) for x in job[0].line()) + min(limit, 256)
         made = {}
         for batch in chunks(jobs, width, self.max_batch_tokens):
             for job, (ids, logps, kv) in zip(batch, self._sample_rows(batch, whole, limit)):
@@ -384,14 +352,13 @@ class Policy:
         parents = list(dict.fromkeys(node for node, _ in batch))  # laid out once each, then repeated
         where = {node: i for i, node in enumerate(parents)}
         index = torch.tensor([where[node] for node, _ in batch], device=device)
-        rows = Rows(self.model, self.name, [_line(p) for p in parents], room=min(limit, 64))
+        rows = Rows(self.model, self.name, [p.line() for p in parents], room=min(limit, 64))
         rows.keep(index)
         logits = head(torch.stack([p.hidden[self.name] for p in parents]))[index]
         keys = torch.tensor([key for _, key in batch], device=device)
         alive = torch.arange(len(batch), device=device)  # the batch item that each row works on
         length = torch.zeros_like(alive)                 # tokens of the rows that have stopped, 0 while they go on
-        end = torch.tensor([min(self.context, len(n.root().ids) + self.max_solution_tokens) for n, _ in batch],
-                           device=device)                # the prompt's and the solution's tokens at most
+        end = torch.tensor([self._most(node) for node, _ in batch], device=device)
         tokens, logps = [], []                           # one (rows) tensor for each t
         results = [None] * len(batch)
         for t in range(limit):
@@ -403,7 +370,7 @@ class Policy:
                 maybe = (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0]
                 if len(maybe):
                     texts = self.tokenizer.batch_decode(torch.stack(tokens, 1)[maybe].tolist())
-                    stop[maybe] = torch.tensor([_closed(x, self.separator) for x in texts], device=device)
+                    stop[maybe] = torch.tensor([_step_end(x, self.separator) >= 0 for x in texts], device=device)
             length = torch.where(stop & (length == 0), t + 1, length)
             stopped = length.nonzero()[:, 0]
             # A stopped row costs as much as a live one, and taking it out copies the cache: do so by quarters.
@@ -419,9 +386,13 @@ class Policy:
                 rows.keep(left)
                 alive, length, token = alive[left], length[left], token[left]
                 tokens, logps = [x[left] for x in tokens], [x[left] for x in logps]
-            if rows.cache.get_seq_length() == rows.mask.shape[1]:
+            if rows.length == rows.mask.shape[1]:
                 rows.grow(min(limit - t, 64))
             logits = head(rows.append(token[:, None])[:, -1])
+
+    def _most(self, node):
+        """How many tokens the prompt and a solution below it may have."""
+        return min(self.context, len(node.root().ids) + self.max_solution_tokens)
 
     def _nodes(self, parent, key, ids, logps, kv, whole):
         """The sampled tokens as nodes below parent, one a step; returns the last."""
@@ -430,12 +401,12 @@ class Policy:
         spans = _split(ids, self.tokenizer, self.separator, self.newline_ids) if whole else [(0, len(ids))]
         node = parent
         for i, (a, b) in enumerate(spans):
-            text = self.tokenizer.decode(ids[a:b], skip_special_tokens=True).strip("\n")
+            text = self.tokenizer.decode(ids[a:b], skip_special_tokens=True).removesuffix(self.separator).strip("\n")
             node = Node(text, node, ids[a:b], sum(logps[a:b]), depth=node.depth + 1, domain=parent.domain,
                         key=key if i == len(spans) - 1 else child_key(key, f"step {i}"))
-        separated = not whole and not ended and _closed(self.tokenizer.decode(ids), self.separator)
-        node.end = ("eos" if ended else "answer" if FINAL.search(node.text) else
-                    "length" if not separated or node.depth >= self.max_steps else None)
+        over = (whole or node.depth >= self.max_steps or sum(len(n.ids) for n in node.line()) >= self._most(node) or
+                _step_end(self.tokenizer.decode(ids), self.separator) < 0)
+        node.end = "eos" if ended else "answer" if FINAL.search(node.text) else "length" if over else None
         if kv is not None and node.end is None:
             node.kv[self.name] = kv
         return node
@@ -445,27 +416,19 @@ class Policy:
 FINAL = re.compile(r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}")
 
 
-def _closed(text, separator):
-    """Is there a separator that ends a step: after some text, and not inside an open code fence?"""
+def _step_end(text, separator):
+    """Where the separator is that ends a step: after some text, and not inside an open code fence. -1: nowhere."""
     at = text.find(separator, len(text) - len(text.lstrip()))
     while at >= 0 and text.count("```", 0, at) % 2:
         at = text.find(separator, at + 1)
-    return at >= 0
-
-
-def _line(node):
-    """A node and all before it, from the root."""
-    nodes = [node]
-    while nodes[-1].parent is not None:
-        nodes.append(nodes[-1].parent)
-    return nodes[::-1]
+    return at
 
 
 def _split(ids, tokenizer, separator, newline):
     """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped. newline: a set of ids."""
     spans, a = [], 0
     for b in range(1, len(ids) + 1):
-        if b == len(ids) or (ids[b - 1] in newline and _closed(tokenizer.decode(ids[a:b]), separator)):
+        if b == len(ids) or (ids[b - 1] in newline and _step_end(tokenizer.decode(ids[a:b]), separator) >= 0):
             spans.append((a, b))
             a = b
     if len(spans) > 1 and not tokenizer.decode(ids[spans[-1][0]:], skip_special_tokens=True).strip():
@@ -482,25 +445,18 @@ class ServerPolicy:
     The server keeps its own prefix cache, and what it spares cannot be seen from here: `prefilled` stays 0.
     chat_tokenizer, if given, is only used to put the question into the model's chat template.
     """
-    dtype = torch.float32  # of the PRM beside it
-
     def __init__(self, url, model, chat_tokenizer=None, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=512, max_steps=64, max_solution_tokens=2048, retries=5, timeout=600, parallel=32):
+                 max_step_tokens=512, max_steps=64, max_solution_tokens=2048, retries=5):
         self.url, self.served, self.chat_tokenizer, self.separator = url.rstrip("/"), model, chat_tokenizer, separator
         self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
         self.max_step_tokens, self.max_steps, self.max_solution_tokens = max_step_tokens, max_steps, max_solution_tokens
-        self.retries, self.timeout = retries, timeout
-        self.pool, self.returns_stop = ThreadPoolExecutor(parallel), False
-        self.generated = self.prefilled = 0
-        self.seconds = 0.0
+        self.retries, self.pool, self.returns_stop = retries, ThreadPoolExecutor(32), False
+        self.generated = self.prefilled = self.seconds = 0
 
     root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
 
-    def _prompt_ids(self, question, domain):
+    def _ids(self, text, domain=None):
         return ()  # the server has the tokens
-
-    def _step_ids(self, text):
-        return ()
 
     def _generate(self, nodes, n, whole):
         started = time.perf_counter()
@@ -513,8 +469,7 @@ class ServerPolicy:
     def _sample(self, parent, keys, whole):
         """One request for all samples of a node, or several where a server ignores n (`transformers serve` does).
         The seed is the first sample's key, so a rerun draws the same."""
-        text = self._text(parent)
-        body = {"model": self.served, "prompt": text, "logprobs": 0, **self.sampling,
+        body = {"model": self.served, "prompt": self._text(parent), "logprobs": 0, **self.sampling,
                 "max_tokens": max(1, min(self.max_solution_tokens - parent.tokens(),
                                          self.max_step_tokens * (self.max_steps if whole else 1)))}
         if not whole:
@@ -522,18 +477,16 @@ class ServerPolicy:
         choices = []
         while len(choices) < len(keys):
             choices += self._post({**body, "n": len(keys) - len(choices), "seed": keys[len(choices)] % (1 << 31)})
-        return [self._node(parent, key, choice, text, whole) for key, choice in zip(keys, choices)]
+        return [self._node(parent, key, choice, body, whole) for key, choice in zip(keys, choices)]
 
-    def _node(self, parent, key, choice, prompt, whole):
+    def _node(self, parent, key, choice, body, whole):
         text, logps, reason = choice["text"], choice["logps"], choice.get("finish_reason")
         # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart (None: the
         # end), and so does a server that returns the separator; else the end shows one request later, as no text.
         self.returns_stop |= not whole and text.endswith(self.separator)
         while not whole and reason == "stop" and text.count("```") % 2 and choice.get("stop_reason", "?") is not None:
             before = text.removesuffix(self.separator) + self.separator  # stopped inside a code fence: go on
-            choice = self._post({"model": self.served, "prompt": prompt + before, "n": 1, "seed": key % (1 << 31),
-                                 "max_tokens": self.max_step_tokens, "logprobs": 0, "stop": [self.separator],
-                                 **self.sampling})[0]
+            choice = self._post({**body, "prompt": body["prompt"] + before, "n": 1, "seed": key % (1 << 31)})[0]
             if not choice["text"]:
                 break  # an end of text inside the fence: asking again would change nothing
             text, logps, reason = before + choice["text"], logps + choice["logps"], choice.get("finish_reason")
@@ -544,8 +497,9 @@ class ServerPolicy:
         node = parent
         for i, part in enumerate(parts):
             share = len(logps) // len(parts) if i else len(logps) - len(logps) // len(parts) * (len(parts) - 1)
-            node = Node(part.strip("\n"), node, [0] * share, sum(logps) if i == 0 else 0.0, depth=node.depth + 1,
-                        domain=parent.domain, key=key if i == len(parts) - 1 else child_key(key, f"step {i}"))
+            node = Node(part.removesuffix(self.separator).strip("\n"), node, [0] * share, sum(logps) if i == 0 else 0.0,
+                        depth=node.depth + 1, domain=parent.domain,
+                        key=key if i == len(parts) - 1 else child_key(key, f"step {i}"))
         node.end = ("answer" if FINAL.search(node.text) else "length" if reason == "length" else "eos" if over else
                     "length" if node.depth >= self.max_steps else None)
         return node
@@ -562,18 +516,17 @@ class ServerPolicy:
         5xx, waiting 1, 2, 4 ... s; other errors are the server's own words as a ValueError."""
         request = urllib.request.Request(self.url + "/completions", json.dumps(body).encode(), {
             "Content-Type": "application/json", "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
-        for attempt in range(self.retries):
+        for wait in [*(2 ** i for i in range(self.retries - 1)), 0]:
             try:
-                with urllib.request.urlopen(request, timeout=self.timeout) as reply:
+                with urllib.request.urlopen(request, timeout=600) as reply:
                     return _choices(json.load(reply), self.url)
             except urllib.error.HTTPError as error:
                 words = error.read().decode(errors="replace")[:500]
                 if error.code != 429 and error.code < 500:
                     raise ValueError(f"{self.url} refused the request ({error.code}): {words}") from error
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            except OSError as error:  # no connection, or none any more
                 words = str(error)
-            if attempt < self.retries - 1:
-                time.sleep(2 ** attempt)
+            time.sleep(wait)
         raise ValueError(f"{self.url} did not answer after {self.retries} tries: {words}")
 
 
@@ -593,23 +546,26 @@ def _choices(answer, url):
 
 def _cut(text, separator):
     """A whole solution's text into steps, where propose() would have stopped."""
-    parts, held = [], ""
-    for piece in text.split(separator):
-        held = held + separator + piece if held else piece
-        if held.strip() and held.count("```") % 2 == 0:
-            parts.append(held)
-            held = ""
-    return parts + [held] if held.strip() or not parts else parts
+    parts = []
+    while (at := _step_end(text, separator)) >= 0:
+        parts.append(text[:at])
+        text = text[at + len(separator):]
+    return parts + [text] if text.strip() or not parts else parts
 
 
 # ---------------------------------------------------------------- loading
 
 def load_pretrained(kind, path, **keywords):
-    """AutoX.from_pretrained with one-line errors. Never runs code from the hub, never unpickles."""
-    if kind not in (AutoConfig, AutoTokenizer):
-        keywords["use_safetensors"] = True
+    """AutoX.from_pretrained with one-line errors, also where weights are missing, which transformers would make up.
+    Never runs code from the hub, never unpickles."""
     try:
-        return kind.from_pretrained(path, trust_remote_code=False, **keywords)
+        if kind in (AutoConfig, AutoTokenizer):
+            return kind.from_pretrained(path, trust_remote_code=False, **keywords)
+        model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
+                                           output_loading_info=True, **keywords)
+        if info["missing_keys"]:
+            raise ValueError("weights are missing: " + ", ".join(sorted(info["missing_keys"])[:6]))
+        return model
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if Path(path).is_dir():
@@ -618,6 +574,11 @@ def load_pretrained(kind, path, **keywords):
                              "model.safetensors and the tokenizer's files") from error
         raise ValueError(f"{path}: no such folder, and the hub gave: {reason}. Offline, pass the path of a local "
                          "folder (made by save_pretrained or `hf download`)") from error
+
+
+def dtype_of(name, device):
+    """A dtype by its name; None is bfloat16 on cuda and float32 elsewhere."""
+    return getattr(torch, name or ("bfloat16" if str(device).startswith("cuda") else "float32"))
 
 
 def load_policy(path, device="cpu", dtype=None, served=None, separator=None, chat_tokenizer=None, **keywords):
@@ -634,11 +595,9 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, cha
         chat = load_pretrained(AutoTokenizer, chat_tokenizer) if chat_tokenizer else None
         return ServerPolicy(path, served, chat, separator=separator or "\n\n", **keywords)
     path = str(path)
-    config = load_pretrained(AutoConfig, path)
     tokenizer = load_pretrained(AutoTokenizer, path)
-    dtype = getattr(torch, dtype or ("bfloat16" if str(device).startswith("cuda") else "float32"))
-    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype).to(device).eval()
-    separator = separator or getattr(config, "step_separator", None) or "\n\n"
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype_of(dtype, device)).to(device).eval()
+    separator = separator or getattr(model.config, "step_separator", None) or "\n\n"
     return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
 
 
@@ -661,9 +620,8 @@ def add_policy_flags(parser, default=None):
 def load_policy_flags(args, device, path=None, **keywords):
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
-    options = {"seed": args.seed, "temperature": args.temperature, "top_p": args.top_p,
-               "max_step_tokens": args.max_step_tokens, "max_steps": args.max_steps,
-               "max_solution_tokens": args.max_solution_tokens,
-               "max_batch_tokens": args.max_batch_tokens, "chat_tokenizer": args.chat_tokenizer, **keywords}
+    names = ("seed", "temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens", "max_batch_tokens",
+             "chat_tokenizer")
+    options = {**{name: getattr(args, name) for name in names}, **keywords}
     separator = args.separator and args.separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
     return load_policy(path or args.policy, device, args.dtype, args.policy_model, separator, **options)

@@ -13,21 +13,20 @@ folded into one logit, exactly), or any plain backbone, whose head is then untra
 
 Shapes: B solutions, T tokens, M labelled steps, h hidden size.
 """
-import json
 import math
 import os
 import shutil
 import sys
-import time
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2Model, Qwen2PreTrainedModel
+from transformers.utils import cached_file
 
-from policy import chunks, extend, load_pretrained
+from policy import chunks, dtype_of, extend, load_pretrained
 from rows import command_line, read_rows
 
 HEAD_FILE = "prm_head.safetensors"
@@ -53,7 +52,7 @@ class PRM(nn.Module):
         if not self.separator_ids or (separator.strip() and len(self.separator_ids) > 1) or \
                 tokenizer.decode(self.separator_ids) != separator:
             raise ValueError(f"{base_model or name}: the tokenizer has no token for the separator {separator!r}")
-        self.tokens, self.seconds = 0, 0.0  # encoded by score() and score_nodes(), all told
+        self.tokens = 0  # encoded by score() and score_nodes(), all told
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -95,21 +94,16 @@ class PRM(nn.Module):
 
         Batches hold solutions of similar length; each is encoded once, in one forward for all its steps.
         """
-        started = time.perf_counter()
         items = [(i, *self.encode(q, s)) for i, (q, s) in enumerate(zip(questions, solutions, strict=True))]
         scores = [[] for _ in items]
         for batch in chunks([x for x in items if x[2]], lambda x: len(x[1]), self.max_batch_tokens):
-            ids = torch.zeros(len(batch), len(batch[0][1]), dtype=torch.long)
-            for row, (_, tokens, _) in enumerate(batch):
-                ids[row, :len(tokens)] = torch.tensor(tokens)
+            ids = nn.utils.rnn.pad_sequence([torch.tensor(tokens) for _, tokens, _ in batch], batch_first=True)
             rows = torch.tensor([row for row, x in enumerate(batch) for _ in x[2]])
             positions = torch.tensor([p for x in batch for p in x[2]])
-            device = self.backbone.device
-            p = iter(self(ids.to(device), rows.to(device), positions.to(device)).sigmoid().tolist())
+            p = iter(self(*(x.to(self.backbone.device) for x in (ids, rows, positions))).sigmoid().tolist())
             for i, tokens, where in batch:
                 scores[i] = [next(p) for _ in where]
                 self.tokens += len(tokens)
-        self.seconds += time.perf_counter() - started
         return scores
 
     @torch.inference_mode()
@@ -118,22 +112,16 @@ class PRM(nn.Module):
 
         Uses the tree cache of policy.py: each token of each prefix is encoded once in the life of the tree.
         """
-        started = time.perf_counter()
         spent, states = extend(self.backbone, self.name, leaves, self._node_ids, self.max_batch_tokens)
         self.tokens += spent
         nodes = [n for n in states if n.parent is not None]
-        scored = {}
-        if nodes:
-            logits = self.head(torch.stack([states[n] for n in nodes])).squeeze(-1).float()
-            scored = dict(zip(nodes, logits.sigmoid().tolist()))
-        self.seconds += time.perf_counter() - started
-        return scored
+        if not nodes:
+            return {}
+        logits = self.head(torch.stack([states[n] for n in nodes])).squeeze(-1).float()
+        return dict(zip(nodes, logits.sigmoid().tolist()))
 
     def _node_ids(self, node):
-        if self.name not in node.prm_ids:
-            node.prm_ids[self.name] = (self.encode_prompt(node.text) if node.parent is None else
-                                       self.encode_step(node.text))
-        return node.prm_ids[self.name]
+        return self.encode_prompt(node.text) if node.parent is None else self.encode_step(node.text)
 
     # ------------------------------------------------ files
 
@@ -144,28 +132,27 @@ class PRM(nn.Module):
         """
         state = self.state_dict() if state is None else state
         folder = Path(folder)
-        partial = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
+        partial, old = (folder.with_name(folder.name + x) for x in (".partial", ".old"))
+        for left in (partial, old):
+            shutil.rmtree(left, ignore_errors=True)
         self.backbone.config.prm = self.format
         self.backbone.save_pretrained(partial, state_dict={k.removeprefix("backbone."): v for k, v in state.items()
                                                            if k.startswith("backbone.")})
         self.tokenizer.save_pretrained(partial)
         save_file({k.removeprefix("head."): v.contiguous() for k, v in state.items() if k.startswith("head.")},
                   partial / HEAD_FILE)
-        old = folder.with_name(folder.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
             os.replace(folder, old)
         os.replace(partial, folder)
         shutil.rmtree(old, ignore_errors=True)
 
 
+AGGREGATIONS = {"last": lambda s: s[-1], "min": min, "prod": math.prod, "mean": lambda s: sum(s) / len(s), "sum": sum}
+
+
 def aggregate(scores, how):
     """One number for a solution from its step scores (Appendix C): PRM-Last, PRM-Min, and three more."""
-    if not scores:
-        return 0.0
-    return {"last": lambda s: s[-1], "min": min, "prod": math.prod, "mean": lambda s: sum(s) / len(s),
-            "sum": sum}[how](scores)
+    return AGGREGATIONS[how](scores) if scores else 0.0
 
 
 def score_steps(prms, leaves, combine="mean"):
@@ -179,38 +166,35 @@ def score_steps(prms, leaves, combine="mean"):
                 node.p = min(node.scores) if combine == "min" else sum(node.scores) / len(node.scores)
 
 
-AGGREGATIONS = ("last", "min", "prod", "mean", "sum")
-
-
-def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, fresh=False, **keywords):
+def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     """Load a PRM from a folder or the hub. Errors are ValueErrors that say what is missing or how to get it.
 
     fresh: a folder without a head is what is wanted, no warning. device "meta": shapes only, for FSDP to fill.
     keywords: separator, template, dropout, max_batch_tokens ... override what the folder says.
     """
-    path, name = str(path), name or f"prm:{path}"
+    path, dtype = str(path), dtype_of(dtype, device)
     config = load_pretrained(AutoConfig, path)
     tokenizer = load_pretrained(AutoTokenizer, path)
     published = "Qwen2ForProcessRewardModel" in (config.architectures or ())
-    folder = Path(path)
-    form = dict(getattr(config, "prm", None) or (PUBLISHED if published else {}))
-    form = {**form, "base_model": form.get("base_model") or path, **keywords}
+    own, head = getattr(config, "prm", None) or (PUBLISHED if published else {}), None
+    form = {"base_model": path, "separator": getattr(config, "step_separator", "\n\n"), **own, **keywords}
     if str(device) == "meta":
         with torch.device("meta"):
-            backbone, head = AutoModel.from_config(config, dtype=dtype), None
+            backbone = AutoModel.from_config(config, dtype=dtype)
     elif published:
-        backbone, head = _load_published(path, config, dtype)
+        backbone, head = _load_published(path, dtype)
     else:
         backbone = load_pretrained(AutoModel, path, dtype=dtype)
-        head = None
-        if getattr(config, "prm", None):
-            if not (folder / HEAD_FILE).exists():
-                raise ValueError(f"{path}: {HEAD_FILE} is missing: the folder is not a whole PRM, save it again")
-            head = read_safetensors(folder / HEAD_FILE)
+        if own:
+            try:
+                head = load_file(cached_file(path, HEAD_FILE))
+            except OSError as error:
+                raise ValueError(f"{path}: {HEAD_FILE} is missing: it is not a whole PRM, save it again") from error
+            except SafetensorError as error:
+                raise ValueError(f"{path}/{HEAD_FILE}: not a whole safetensors file ({error})") from error
     backbone.to(device)
-    form.setdefault("separator", getattr(config, "step_separator", None) or "\n\n")
     torch.manual_seed(seed)  # an untrained head must be the same on every rank
-    prm = PRM(backbone, tokenizer, name=name, **form)
+    prm = PRM(backbone, tokenizer, name=f"prm:{path}", **form)
     if head is None and not fresh:
         print(f"warning: {path} has no PRM head: using an untrained one, whose scores mean nothing", file=sys.stderr)
     elif head is not None:
@@ -218,43 +202,29 @@ def load_prm(path, device="cpu", dtype=torch.float32, name=None, seed=0, fresh=F
     return prm.eval()
 
 
-def read_safetensors(file):
-    try:
-        return load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{file}: not a whole safetensors file ({error})") from error
+class Published(Qwen2PreTrainedModel):
+    """The layout of https://huggingface.co/Qwen/Qwen2.5-Math-PRM-7B, so that its files can be loaded."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        h = config.hidden_size
+        self.model, self.score = Qwen2Model(config), nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 2))
+        self.post_init()
 
 
-def _load_published(path, config, dtype):
-    """Qwen2.5-Math-PRM: `score` is Linear, ReLU, Linear to two classes, and p = softmax(z)_1 = sigmoid(z_1 - z_0).
-    The last layer is linear, so the difference of its two rows is a head of ours with the same p.
-    https://huggingface.co/Qwen/Qwen2.5-Math-PRM-7B"""
-    backbone = load_pretrained(AutoModel, path, dtype=dtype)
-    folder = Path(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", "*.json"]))
-    index = folder / "model.safetensors.index.json"
-    names = [f"score.{i}.{x}" for i in (0, 2) for x in ("weight", "bias")]
-    files = {n: "model.safetensors" for n in names}
-    if index.exists():
-        files = {n: f for n, f in json.loads(index.read_text())["weight_map"].items() if n in names}
-    read = {f: read_safetensors(folder / f) for f in set(files.values())}
-    missing = [n for n in names if n not in read.get(files.get(n), {})]
-    if missing:
-        raise ValueError(f"{path}: the PRM head's weights are missing: {', '.join(missing)}")
-    w = {n: read[files[n]][n].float() for n in names}  # in bf16 the difference of two rows would be rounded
-    return backbone, {"0.weight": w["score.0.weight"], "0.bias": w["score.0.bias"],
-                      "3.weight": w["score.2.weight"][1:] - w["score.2.weight"][:1],
-                      "3.bias": w["score.2.bias"][1:] - w["score.2.bias"][:1]}
+def _load_published(path, dtype):
+    """Backbone, and a head of ours with the same p = softmax(z)_1 = sigmoid(z_1 - z_0): the last layer is linear, so
+    the difference of its two rows is a head for z_1 - z_0."""
+    whole = load_pretrained(Published, path, dtype=dtype)
+    w = whole.score.state_dict()
+    weight, bias = (w[f"2.{x}"][1:] - w[f"2.{x}"][:1] for x in ("weight", "bias"))
+    return whole.model, {"0.weight": w["0.weight"], "0.bias": w["0.bias"], "3.weight": weight, "3.bias": bias}
 
 
 # ---------------------------------------------------------------- Figures 6 and 8: a scored solution
 
 def coloured(step, p):
     """A step and its p_t, from red (0) to green (1)."""
-    if p is None:
-        return step
     if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
         return f"{p:.3f}  {step}"
     red, green = round(255 * min(1, 2 - 2 * p)), round(255 * min(1, 2 * p))
@@ -275,7 +245,7 @@ def main(argv=None):
         parser.error("give --question and --steps, or --file")
     try:
         pairs = read_solutions(args.file, args.limit) if args.file else [(args.question, args.steps)]
-        prm = load_prm(args.prm, args.device, getattr(torch, args.dtype))
+        prm = load_prm(args.prm, args.device, args.dtype)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
@@ -296,6 +266,8 @@ def read_solutions(file, limit):
             raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row ({error!r})") from error
         if len(pairs) >= limit:
             break
+    if not pairs[:limit]:
+        raise ValueError(f"{file}: no solutions")
     return pairs[:limit]
 
 

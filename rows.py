@@ -28,18 +28,37 @@ from tqdm import tqdm
 
 
 def read_rows(file):
-    """Yield (line number, row) of a JSONL file, .gz or not. A line that is no JSON object is a ValueError file:line."""
-    opened = gzip.open(file, "rt", encoding="utf-8") if str(file).endswith(".gz") else open(file, encoding="utf-8")
-    with opened as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise ValueError(f"{file}:{number}: not JSON ({error})") from error
-                if not isinstance(row, dict):
-                    raise ValueError(f"{file}:{number}: a JSON object is expected, not {type(row).__name__}")
-                yield number, row
+    """Yield (line number, row) of a JSONL file, or (row number, row) of a JSON array; .gz or not. What is no JSON
+    object is a ValueError file:line."""
+    number = 0
+    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+        try:
+            array = lines.read(1) == "["
+            lines.seek(0)
+            for number, text in enumerate([lines.read()] if array else lines, 1):
+                if not text.strip():
+                    continue
+                found = json.loads(text)
+                for n, row in enumerate(found, 1) if array else [(number, found)]:
+                    if not isinstance(row, dict):
+                        raise ValueError(f"{file}:{n}: a JSON object is expected, not {type(row).__name__}")
+                    yield n, row
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{file}:{error.lineno if array else number}: not JSON ({error})") from error
+        except (UnicodeDecodeError, EOFError) as error:  # EOFError: a .gz that breaks off
+            raise ValueError(f"{file}:{number + 1}: {error}") from error
+
+
+def hub_rows(name, *where, **keywords):
+    """("NAME:NUMBER", row) of a data set on the hub. where, keywords: what load_dataset takes."""
+    import datasets
+    try:
+        rows = datasets.load_dataset(*where, **keywords)
+    except Exception as error:  # the hub client raises many kinds; each of them means that there is no data
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ConnectionError(f"cannot load {name} from the hub: {why}. Pass a local copy: --data FILE (annotate.py: "
+                              "--task-data FILE), .jsonl, .json or .gz") from None
+    return ((f"{name}:{n}", row) for n, row in enumerate(rows, 1))
 
 
 def distributed(device=None):
@@ -265,11 +284,7 @@ def read_set(name, form="auto", neutral="good"):
     elif name.endswith((".jsonl", ".gz", ".json")):
         raise ValueError(f"{name}: no such file")
     else:
-        from datasets import load_dataset
-        try:
-            found = ((f"{name}[{i}]", row) for i, row in enumerate(load_dataset(name, split="train")))
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{name}: no such file, and the hub gave: {str(error).splitlines()[0]}") from error
+        found = hub_rows(name, name, split="train")
     for where, raw in found:
         schema = form if form != "auto" else "prm800k" if isinstance(raw.get("label"), dict) else \
             "math-shepherd" if "label" in raw and "input" in raw else "stepwise"

@@ -306,7 +306,7 @@ def show(search, row):
     for node in path:
         print("  " + coloured(node.text, node.p))
         others = {n.text: n for n in search.tried if n.parent is node.parent and n.text != node.text}
-        for other in sorted(others.values(), key=lambda n: -(n.p or 0))[:3]:
+        for other in sorted(others.values(), key=lambda n: -n.p)[:3]:
             print("      | " + coloured(other.text, other.p))
     known = row.get("answer") is not None or row.get("tests")  # not of one's own --question
     print("  -> " + ("" if not known else "right, " if row["samples"][row["picked"]]["correct"] else "wrong, ")
@@ -396,8 +396,7 @@ def main(argv=None):
             problems = [p for task in args.task
                         for p in tasks.load(task, data=args.data, limit=args.limit, seed=args.seed)]
         policy = load_policy_flags(args, device)
-        prms = [load_prm(p, device, policy.dtype, name=f"prm{i}", max_batch_tokens=args.max_batch_tokens)
-                for i, p in enumerate(args.prm)]
+        prms = [load_prm(p, device, args.dtype, max_batch_tokens=args.max_batch_tokens) for p in args.prm]
     except (ValueError, OSError) as error:
         parser.error(str(error))
 

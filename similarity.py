@@ -227,7 +227,7 @@ def analyse(responses, found, kept, dots, phrases, seed, rounds=1000):
 def sample(args, separator, rank, world, device):
     """n responses of the policy to each problem, judged; the one that the PRM scores highest is selected."""
     policy, out = load_policy_flags(args, device), []
-    prm = load_prm(args.prm, device, policy.dtype, max_batch_tokens=args.max_batch_tokens)
+    prm = load_prm(args.prm, device, args.dtype, max_batch_tokens=args.max_batch_tokens)
     for side, task in enumerate(args.task):
         problems = tasks.load(task, limit=args.limit or 50, seed=args.seed)[rank::world]
         ends = policy.complete([policy.root(p.id, p.question, p.domain) for p in problems], args.n)

@@ -10,12 +10,10 @@ A *whole solution text* is judged. Math: the final answer is taken out of it and
 program is taken out and run against the tests in the sandbox of judge.py, whose docstring says what that leaves open.
 """
 
-import argparse
 import ast
 import base64
 import contextlib
 import functools
-import gzip
 import inspect
 import io
 import json
@@ -27,6 +25,7 @@ from dataclasses import dataclass, field
 
 import judge
 from judge import extract_code, slowness
+from rows import command_line, hub_rows, read_rows
 
 
 @dataclass
@@ -56,7 +55,7 @@ def extract_answer(text):
     Nothing else counts: a guess such as "the last number" rewards solutions that never committed to an answer.
     "so \\boxed{\\frac{1}{2}}." -> "\\frac{1}{2}"
     """
-    for start in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*{", text)]):
+    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*{", text)]):
         depth = 1
         for i in range(start, len(text)):
             depth += (text[i] == "{") - (text[i] == "}")
@@ -151,13 +150,9 @@ def judge_many(items, workers=None, progress=False):
     jobs = [(p.tests, f) for (p, _), f in zip(items, found) if p.domain == "code"]
     whys, verdicts = iter(judge.judge_many(jobs, workers, progress)), []
     for (problem, _), answer in zip(items, found):
-        if problem.domain == "code":
-            why, answer = next(whys), None
-        elif next(equal):
-            why = "ok"
-        else:
-            why = "no answer" if answer is None else "no gold answer" if problem.answer is None else "wrong answer"
-        verdicts.append(Verdict(why == "ok", answer, why))
+        why = (next(whys) if problem.domain == "code" else "ok" if next(equal) else "no answer" if answer is None else
+               "no gold answer" if problem.answer is None else "wrong answer")
+        verdicts.append(Verdict(why == "ok", answer if problem.domain == "math" else None, why))
     return verdicts
 
 
@@ -355,18 +350,20 @@ def _livecodebench(row, n):
                     date=str(row["contest_date"]))
 
 
+def _recoded(tests, code):
+    """The same with all values coded, and without what is only true of a form or a machine."""
+    return {k: code(v) if k in ("inputs", "example_inputs", "outputs") else v
+            for k, v in tests.items() if k not in ("packed", "seconds")}
+
+
 def packed(tests):
     """Tests as JSON can carry them: MBPP+ has complex numbers, sets, and keys that are tuples."""
-    return tests and {**{k: judge.encode(v) if k in ("inputs", "example_inputs", "outputs") else v
-                         for k, v in tests.items()}, "packed": True}
+    return tests and {**_recoded(tests, judge.encode), "packed": True}
 
 
 def unpacked(tests):
     """The inverse of packed(); tests that were written otherwise stay as they are."""
-    if not (tests and tests.get("packed")):
-        return tests
-    return {k: judge.decode(v) if k in ("inputs", "example_inputs", "outputs") else v
-            for k, v in tests.items() if k != "packed"}
+    return _recoded(tests, judge.decode) if tests and tests.get("packed") else tests
 
 
 def _own(row, n):
@@ -412,7 +409,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
     first, _, last = split.partition(":") if task == "livecodebench" and ":" in (split or "") else ("", "", "")
     split = default if first or last else split or default
     if data:
-        rows = _file_rows(data)
+        rows = ((f"{data}:{n}", row) for n, row in read_rows(data))
     elif hub:
         rows = _hub_rows(task, hub, split, files)
     else:
@@ -432,7 +429,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
             if problem.id == str(len(problems)):  # a row without an id: its number alone would be in other tasks, too
                 problem.id = f"{task}-{problem.id}"
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError, zlib.error,
-                pickle.UnpicklingError) as e:
+                EOFError, pickle.UnpicklingError) as e:
             what = f"no field {e}" if isinstance(e, KeyError) else str(e) or "not a row of this task"
             raise ValueError(f"{where}: {what}") from None
         outside = (first or last) and not first <= problem.meta["date"][:10] < (last or "9")
@@ -442,40 +439,15 @@ def load(task, data=None, split=None, limit=None, seed=0):
     return problems
 
 
-def _file_rows(path):
-    """("FILE:LINE", row) of a JSON-lines file; of a JSON array, LINE is the row's number. .gz is unpacked."""
-    with (gzip.open if str(path).endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        whole = file.read(1) == "["
-        file.seek(0)
-        for n, line in enumerate([file.read()] if whole else file, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except ValueError as error:
-                raise ValueError(f"{path}:{getattr(error, 'lineno', 1) if whole else n}: not JSON: {error}") from None
-            if whole:
-                yield from ((f"{path}:{i}", row) for i, row in enumerate(row, 1))
-            elif line.strip():
-                yield f"{path}:{n}", row
-
-
 def _hub_rows(task, hub, split, files):
-    import datasets
-
-    try:
-        if files:
-            path = f"hf://datasets/{hub}/{files.format(split=split)}"
-            kind = "parquet" if path.endswith("parquet") else "json"
-            rows = datasets.load_dataset(kind, data_files=path, split="train")
-        else:
-            rows = datasets.load_dataset(*hub.split(":"), split=split)
-    except Exception as error:  # the hub client raises many kinds; each of them means that there is no data
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise ConnectionError(f"cannot load {task} from the hub ({hub}, split {split}): {why}. "
-                              "Pass a local copy: --data FILE (.jsonl, .json or .gz)") from None
-    return ((f"{hub}:{n}", row) for n, row in enumerate(rows, 1))
+    name = f"{task} ({hub}, split {split})"
+    if not files:
+        return hub_rows(name, *hub.split(":"), split=split)
+    path = f"hf://datasets/{hub}/{files.format(split=split)}"
+    return hub_rows(name, "parquet" if path.endswith("parquet") else "json", data_files=path, split="train")
 
 
-def reference_rate(problems, workers=None, progress=False):
+def reference_rate(problems, progress=False):
     """Judge the reference solutions. -> (passed, how many there are, {failing id: why}).
 
     Look at this before scoring a benchmark: what its own solutions fail says something about this machine (a missing
@@ -483,12 +455,12 @@ def reference_rate(problems, workers=None, progress=False):
     """
     have = [p for p in problems if (p.tests or {}).get("reference") or p.answer is not None]
     shown = [f"\\boxed{{{p.answer}}}" if p.domain == "math" else f"```\n{p.tests['reference']}\n```" for p in have]
-    verdicts = judge_many(list(zip(have, shown)), workers, progress)
+    verdicts = judge_many(list(zip(have, shown)), progress=progress)
     return sum(v.ok for v in verdicts), len(have), {p.id: v.why for p, v in zip(have, verdicts) if not v.ok}
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--task", default="tiny-math", choices=TASKS)
     parser.add_argument("--data", help="local file (.jsonl, .json, .gz) in place of the hub")
     parser.add_argument("--split", help="split on the hub; for livecodebench a window of dates FROM:TO")
@@ -498,7 +470,7 @@ def main(argv=None):
     try:
         problems = load(args.task, args.data, args.split, args.limit, args.seed)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"tasks.py: {error}\n")
+        parser.error(str(error))
     for p in problems[:2]:
         print(f"[{p.id}] {p.question.strip()}\n  -> {p.answer if p.domain == 'math' else str(p.tests)[:300]}\n")
     start = time.monotonic()

@@ -313,7 +313,7 @@ def train(args, stop):
 
     # -------- model: with --fsdp only rank 0 reads the weights
     prm = load_prm(args.model, ("meta" if rank else "cpu") if args.fsdp else device, seed=args.seed, fresh=True,
-                   dropout=args.dropout).train()
+                   dropout=args.dropout, dtype="float32").train()
     config = prm.backbone.config
     if args.freeze_backbone:
         prm.backbone.requires_grad_(False)

@@ -26,7 +26,6 @@ from policy import load_policy  # noqa: E402
 def plain(policy, solutions, k, longest=256):
     """Values of every prefix, one solution and one prefix at a time -> (values, tokens generated)."""
     lm, tokenizer, values, tokens = policy.lm, policy.tokenizer, [], 0
-    lm.set_attn_implementation("sdpa")  # what generate uses by default
     for problem, steps, _ in solutions:
         mine = []
         for t in range(len(steps) - 1):
@@ -40,7 +39,6 @@ def plain(policy, solutions, k, longest=256):
             texts = [policy.separator.join([*steps[:t + 1], end]) for end in ends]
             mine.append(statistics.fmean(v.ok for v in tasks.judge_many([(problem, x) for x in texts])))
         values.append(mine)
-    lm.set_attn_implementation("grouped")
     return values, tokens
 
 

@@ -36,7 +36,7 @@ def test_values_cross_the_pipe(value):
 @pytest.mark.parametrize("out, expected, want", [
     (0.1 + 0.2, 0.3, True), (0.31, 0.3, False), ([1, 2], (1, 2), False), ({"a": 1.0}, {"a": 1.0 + 1e-9}, True),
     (float("nan"), float("nan"), True), (True, 1.0, True), (3, 3.0, True), ("1", 1, False),
-    ([[1.0]], [[1.0, 2.0]], False)])
+    ([[1.0]], [[1.0, 2.0]], False), (("digest",), 2, False), (10**400, 2.5, False)])
 def test_same(out, expected, want):
     assert judge.same(out, expected) is want
 
@@ -205,6 +205,8 @@ def test_special_oracles_and_tolerance():
     assert not verdict("def f(c): return 1.0", inputs=[[[4, 0, -1]]], outputs=[2.0], oracle="root", atol=1e-3)
     assert verdict("def f(x): return list(range(10**5))", inputs=[[0]], outputs=[list(range(10**5))])  # by digest
     assert not verdict("def f(x): return list(range(1, 10**5))", inputs=[[0]], outputs=[list(range(10**5))])
+    assert verdict("from collections import Counter\ndef f(x): return Counter(range(x))", inputs=[[30000]],
+                   outputs=[{i: 1 for i in range(30000)}])
 
 
 def test_duplicates_are_judged_once(monkeypatch):

@@ -16,8 +16,8 @@ QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How 
 
 
 def make(tokenizer, model=None, **keywords):
-    keywords = {"max_step_tokens": 12, "max_steps": 5, **keywords}
-    return Policy(model or random_qwen(), tokenizer, "\n", **keywords)
+    keywords = {"separator": "\n", "max_step_tokens": 12, "max_steps": 5, **keywords}
+    return Policy(model or random_qwen(), tokenizer, **keywords)
 
 
 def roots(policy):
@@ -224,10 +224,18 @@ def test_a_solution_ends_where_the_context_does(tokenizer):
     assert max(len(end.root().ids) + end.tokens() for end in ends) == 40
     assert all(end.end == "length" for end in ends if len(end.root().ids) + end.tokens() == 40)
     # So it does at --max-solution-tokens, whatever the length of the prompt, in one go or step by step.
-    policy = make(tokenizer, max_step_tokens=100, max_solution_tokens=15)
-    live, ends = roots(policy), [end for group in policy.complete(roots(policy), 3) for end in group]
-    while live:
-        nodes = [node for group in policy.propose(live, 2) for node in group]
-        live, ends = [n for n in nodes if n.end is None][:4], ends + [n for n in nodes if n.end]
-    assert max(end.tokens() for end in ends) == 15
-    assert all((end.end == "length") == (end.tokens() == 15) for end in ends)
+    for most in (5, 8, 11, 15):
+        policy = make(tokenizer, max_step_tokens=100, max_steps=99, max_solution_tokens=most)
+        live, ends = roots(policy), [end for group in policy.complete(roots(policy), 3) for end in group]
+        while live:
+            nodes = [node for group in policy.propose(live, 4) for node in group]
+            live, ends = [n for n in nodes if n.end is None][:8], ends + [n for n in nodes if n.end]
+        assert max(end.tokens() for end in ends) == most
+        assert all(end.tokens() == most for end in ends if end.end == "length")
+
+
+def test_a_separator_that_is_no_line_end_is_not_part_of_the_step(tokenizer):
+    policy = make(tokenizer, separator="%", max_step_tokens=40)
+    steps = [node for group in policy.propose(roots(policy), 60) for node in group if node.end is None]
+    assert len(steps) > 5 and not any("%" in node.text for node in steps)
+    assert all(tokenizer.decode(node.ids).endswith("%") for node in steps)

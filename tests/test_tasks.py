@@ -42,6 +42,7 @@ def real(name):
     ("**Answer:** $x+1$", "x+1"),
     ("Final Answer: The final answer is $7$. I hope it is correct.", "7"),
     ("The answer is\n12", "12"),
+    (r"\fbox{7}", "7"),
     ("We get 5 and then 6", None),
     ("", None),
 ])
@@ -110,12 +111,25 @@ def test_numbers_without_ids_do_not_collide_between_tasks(tmp_path):
     assert [load(t, tmp_path / "x.jsonl")[0].id for t in ("gsm8k", "aime24")] == ["gsm8k-0", "aime24-0"]
 
 
+def test_an_archive_that_breaks_off_is_named(tmp_path):
+    (tmp_path / "whole.gz").write_bytes(gzip.compress(b'{"question": "Q", "answer": "#### 1"}\n' * 200))
+    (tmp_path / "cut.gz").write_bytes((tmp_path / "whole.gz").read_bytes()[:-30])
+    with pytest.raises(ValueError, match=r"cut.gz:\d+: .*end-of-stream"):
+        load("gsm8k", data=tmp_path / "cut.gz")
+
+
 def test_vote_keys_of_math():
     p, q = Problem("p", "q", "math", "0.5"), Problem("q", "other", "math", "7")
     texts = [r"\boxed{\frac{1}{2}}", r"\boxed{0.5}", "no idea", r"\boxed{\dfrac12}", r"\boxed{7}"]
     a, b, none, c, d = vote_keys([(p, t) for t in texts])
     assert a == b == c != d and none is None
     assert vote_keys([(q, r"\boxed{7.0}")]) == ["7"]
+
+
+def test_vote_keys_of_code_without_tests():
+    stack = Problem("q", "Write a stack.\n>>> s.push(1)\n", "code")
+    a, b, c = vote_keys([(stack, t) for t in ("x = 1", "x  =  1  # one", "x = 2")])
+    assert a == b != c
 
 
 def test_problems_without_tests_or_answer():

@@ -152,7 +152,7 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)  # what is left are flags of search.py
     _, flags = search.parse(["--strategy", "beam", "--seed", str(args.seed), *rest])
     policy = load_policy_flags(flags, "cpu")
-    prms = [Truth() if p == "truth" else load_prm(p, name=f"prm{i}") for i, p in enumerate(flags.prm)]
+    prms = [Truth() if p == "truth" else load_prm(p) for p in flags.prm]
     print(f"{torch.get_num_threads()} threads; policy {flags.policy}, PRM {' '.join(flags.prm)}")
     found = {domain: measure(domain, args, flags, policy, prms) for domain in args.domains}
     if args.json:
