@@ -81,9 +81,6 @@ class Prefix:
     outcomes: list = field(default_factory=list)
     timeouts: int = 0
 
-    def value(self):
-        return statistics.fmean(self.outcomes)
-
 
 def settled(outcomes, k, stop="hard", threshold=0.0, width=0.15):
     """Do these rollouts suffice? A prefix is good when more than `threshold` of k rollouts end right (0: any).
@@ -113,21 +110,18 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
     """
     prefixes, plans, asking, out = {}, [], {}, []
 
-    def prefix(i, t):
-        problem, steps, _ = solutions[i]
-        node = None
-        for end in range(t + 2):
-            key = (problem.id, tuple(steps[:end]))
-            if key not in prefixes:
-                prefixes[key] = Prefix(policy.adopt(node, steps[end - 1:end]) if end else
-                                       policy.root(problem.id, problem.question, problem.domain), problem)
-            node = prefixes[key].node
+    def prefix(problem, steps):
+        key = (problem.id, *steps)
+        if key not in prefixes:
+            prefixes[key] = Prefix(policy.adopt(prefix(problem, steps[:-1]).node, steps[-1:]) if steps else
+                                   policy.root(problem.id, problem.question, problem.domain), problem)
         return prefixes[key]
 
     def advance(i, answer):
+        problem, steps, _ = solutions[i]
         try:
             t = plans[i].send(answer)
-            asking[i] = (t, prefix(i, t))
+            asking[i] = (t, prefix(problem, steps[:t + 1]))
         except StopIteration as end:
             out[i]["first_error"] = end.value
             asking.pop(i, None)
@@ -152,7 +146,7 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
         for i in list(asking):
             while i in asking and settled(asking[i][1].outcomes, k, stop, threshold, width):
                 t, p = asking[i]
-                out[i]["values"][t] = p.value()
+                out[i]["values"][t] = statistics.fmean(p.outcomes)
                 out[i]["rollouts"] += len(p.outcomes)
                 out[i]["timeouts"] += p.timeouts
                 advance(i, sum(p.outcomes) > threshold * (len(p.outcomes) if stop == "soft" else k))
@@ -187,8 +181,7 @@ def parse_verdict(text, T):
 def consensus(votes, how="all"):
     """The first wrong step that enough voters name, or None. how: "all", "majority", or a number of voters."""
     needed = {"all": len(votes), "majority": len(votes) // 2 + 1}.get(how) or int(how)
-    place, count = Counter(v for v in votes if v is not None).most_common(1)[0] if any(
-        v is not None for v in votes) else (None, 0)
+    [(place, count)] = Counter(v for v in votes if v is not None).most_common(1) or [(None, 0)]
     return place if count >= needed else None
 
 
@@ -198,12 +191,8 @@ def fleiss_kappa(table):
     n = len(table[0]) if table else 0
     if n < 2:
         return None
-    counts = [Counter(votes) for votes in table]
-    observed = statistics.fmean((sum(c * c for c in item.values()) - n) / (n * (n - 1)) for item in counts)
-    share = Counter()
-    for item in counts:
-        share.update(item)
-    chance = sum((c / (n * len(table))) ** 2 for c in share.values())
+    observed = statistics.fmean((sum(c * c for c in Counter(votes).values()) - n) / (n * (n - 1)) for votes in table)
+    chance = sum((c / (n * len(table))) ** 2 for c in Counter(itertools.chain(*table)).values())
     return None if chance == 1 else (observed - chance) / (1 - chance)
 
 
@@ -316,9 +305,8 @@ def collect(args):
             used[name] += 1
             if used[name] > 1:  # a PRM800K record has many rows, and two files may use the same ids
                 name = f"{name}#{used[name]}"
-            wrong = [t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5]
-            found.setdefault(question, []).append((name, row["completions"], "given",
-                                                   row.get("source") or file, wrong[0] if wrong else -1))
+            wrong = next((t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5), -1)
+            found.setdefault(question, []).append((name, row["completions"], "given", row.get("source") or file, wrong))
     return [(known[q], solutions) for q, solutions in found.items()]
 
 
@@ -368,7 +356,7 @@ def main(argv=None):
     parser, args = parse(argv)
     rank, _, device = distributed(args.device)
     started = time.perf_counter()
-    try:
+    with parser:
         jobs = collect(args)
         voters = {}
         for path in args.policies:
@@ -379,8 +367,6 @@ def main(argv=None):
             heat = args.temperature if args.sampler_temperature is None else args.sampler_temperature
             sampler = load_policy_flags(args, device, args.sampler or args.policies[0], temperature=heat)
         judge = load_policy_flags(args, device, args.judge, temperature=0, max_steps=1) if args.judge else None
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     args.join = sampler.separator
     source = f"sampled from {Path(args.sampler or args.policies[0]).name}"
 
@@ -389,9 +375,8 @@ def main(argv=None):
         return [s[0] for s in given] if given else [f"{problem.id}-{i}" for i in range(args.samples)]
 
     def make(some):
-        fresh = [p for p, given in some if given is None]
-        groups = iter(sampler.complete([sampler.root(p.id, p.question, p.domain) for p in fresh], args.samples)
-                      if fresh else [])
+        fresh = [sampler.root(p.id, p.question, p.domain) for p, given in some if given is None]
+        groups = iter(sampler.complete(fresh, args.samples))
         return annotate([(p, given or [(f"{p.id}-{i}", end.steps(), end.end, source, None)
                                        for i, end in enumerate(next(groups))]) for p, given in some],
                         voters, judge, args)

@@ -32,7 +32,7 @@ import json
 import math
 import random
 import statistics
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import torch
@@ -42,6 +42,7 @@ import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
 from rows import add_run_flags, check_run_flags, command_line, distributed, gather, journaled, read_rows, read_set
+from search import by_domain
 from train import auc_pairs
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -82,8 +83,7 @@ def over_runs(runs, base=None, rounds=1000):
 
 def paired(a, b):
     """(mean difference, its standard error, z) of two lists with one entry for each of the same problems."""
-    d = [float(x) - float(y) for x, y in zip(a, b, strict=True)]
-    mean, se = statistics.fmean(d), statistics.stdev(d) / len(d) ** 0.5 if len(d) > 1 else math.inf
+    mean, se = search.mean_se([float(x) - float(y) for x, y in zip(a, b, strict=True)])
     return mean, se, mean / se if se else 0.0
 
 
@@ -135,11 +135,6 @@ def metric(name):
     return {"pass": pass_at, "maj": maj_at, "wmaj": partial(maj_at, how=how), "prm": partial(prm_at, how=how)}[kind]
 
 
-def measure(rows, names, ns, subset="average"):
-    """{name: {N: one value a problem}}"""
-    return {name: {n: [metric(name)(row, n, subset) for row in rows] for n in ns} for name in names}
-
-
 def powers(n):
     """1, 2, 4, ... n"""
     return sorted({min(n, 2 ** i) for i in range(n.bit_length() + 1)})
@@ -149,11 +144,6 @@ def at_budget(row, tokens, how="prod"):
     """Best-of-N by the first samples that fit into `tokens` (one at least): what the same tokens buy without search."""
     fits = sum(total <= tokens for total in itertools.accumulate(s["tokens"] for s in row["samples"]))
     return prm_at(row, max(1, fits), "first", how)
-
-
-def picked_right(row):
-    """Is what the strategy picked right?"""
-    return float(row["picked"] is not None and row["samples"][row["picked"]]["correct"])
 
 
 def anytime(row, tokens=math.inf, seconds=math.inf):
@@ -180,9 +170,9 @@ def first_error_figures(found, threshold):
     precision, recall = tp / max(1, flagged), tp / max(1, bad)
     u, pairs = auc_pairs(torch.tensor([p for p, _ in steps]), torch.tensor([ok for _, ok in steps]))
     return {"threshold": threshold, "erroneous": wrong, "correct": right,
-            "F1": None if not all(hit.values()) else 2 * wrong * right / max(1e-12, wrong + right),
-            "step precision": precision,
-            "step recall": recall, "step F1": 2 * precision * recall / max(1e-12, precision + recall),
+            "F1": statistics.harmonic_mean([wrong, right]) if all(hit.values()) else None,
+            "step precision": precision, "step recall": recall,
+            "step F1": statistics.harmonic_mean([precision, recall]),
             "step AUC": u / pairs if pairs else None, "solutions": len(found), "steps": len(steps)}
 
 
@@ -194,11 +184,9 @@ def first_error(args, bench):
             raise ValueError(f"--first-error {args.first_error}: its rows have no label of a first error")
         items = [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
     else:
-        items = []
-        for _, row in read_set(args.first_error, args.format):
-            bad = [t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5]
-            items.append((row["prompt"], row["completions"], bad[0] if bad else -1))
-        items = items[:args.limit]
+        rows = itertools.islice(read_set(args.first_error, args.format), args.limit)
+        items = [(row["prompt"], row["completions"],
+                  next((t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5), -1)) for _, row in rows]
 
     def score(some):
         found = bench.prm(args.prm[0]).score([items[i][0] for i in some], [items[i][1] for i in some])
@@ -213,15 +201,9 @@ def first_error(args, bench):
     best = max((t / 50 for t in range(1, 50)), key=lambda t: first_error_figures(dev, t)[key] or 0.0)
     figures = first_error_figures(test, best)
     _, low, high = interval(test, lambda x: first_error_figures(x, best)[key] or 0.0, 200)
-    chance = first_error_figures(random_scores(test), 0.5)[key]
-    figures |= {f"{key} low": low, f"{key} high": high, f"{key} of chance": chance}
-    return figures
-
-
-def random_scores(found):
-    """The same solutions with p uniform in (0, 1): what guessing gives."""
-    rng = random.Random(0)
-    return [([rng.random() for _ in scores], y) for scores, y in found]
+    rng = random.Random(0)  # guessing: the same solutions with p uniform in (0, 1)
+    chance = first_error_figures([([rng.random() for _ in scores], y) for scores, y in test], 0.5)[key]
+    return figures | {f"{key} low": low, f"{key} high": high, f"{key} of chance": chance}
 
 
 # ---------------------------------------------------------------- samples, scores and searches, each done once
@@ -235,8 +217,11 @@ class Bench:
     """Models, loaded when they are first needed, and the folder of what was done."""
 
     def __init__(self, args):
-        self.args, self.out, self.models, self.made = args, Path(args.out), {}, set()
-        self.rank, _, self.device = distributed(args.device)
+        self.args, self.out, self.made = args, Path(args.out), set()
+        self.rank, _, device = distributed(args.device)
+        dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
+        self.policy = cache(lambda path: load_policy_flags(args, device, path))
+        self.prm = cache(lambda path: load_prm(path, device, dtype, path, max_batch_tokens=args.max_batch_tokens))
 
     @cached_property
     def problems(self):
@@ -249,17 +234,6 @@ class Bench:
             print("\n".join([f"reference solutions right: {right} of {total}",
                              *(f"  {name}: {why}" for name, why in failing.items())]))
         return found
-
-    def policy(self, path):
-        if path not in self.models:
-            self.models[path] = load_policy_flags(self.args, self.device, path)
-        return self.models[path]
-
-    def prm(self, path):
-        if path not in self.models:
-            self.models[path] = load_prm(path, self.device, self.args.dtype,
-                                         max_batch_tokens=self.args.max_batch_tokens)
-        return self.models[path]
 
     def once(self, name, settings, items, make):
         """make(some items) -> rows with an "id", for all items, over all ranks, kept in a file named after settings."""
@@ -337,10 +311,6 @@ def exact(series, x, value, **more):
     return {"series": series, "x": x, "value": value, "low": value, "high": value, **more}
 
 
-def by_domain(rows):
-    return {d: [r for r in rows if r["domain"] == d] for d in sorted({r["domain"] for r in rows}, reverse=True)}
-
-
 def training_log(prm):
     """What train.py wrote beside a PRM: {kind: [rows]}; empty for a PRM from elsewhere."""
     log, kinds = Path(prm) / "log.jsonl", {}
@@ -349,29 +319,26 @@ def training_log(prm):
     return kinds
 
 
-def prm_runs(bench, args, pool, prms, ns):
-    """{label: {domain: {N: one list of prm@N a training run}}} of --prms."""
-    found = {}
-    for label, paths in prms.items():
-        scored = [by_domain(bench.scored(pool, args.policy, path)) for path in paths]
-        found[label] = {domain: {n: [[prm_at(r, n, how=args.aggregate) for r in run[domain]] for run in scored]
-                                 for n in ns} for domain in by_domain(pool)}
-    return found
+def prm_runs(bench, policy, pool, ns):
+    """Yield (label, domain, N, one list of prm@N a training run) for each of --prms."""
+    for label, paths in named(bench.args.prms).items():
+        scored = [by_domain(bench.scored(pool, policy, path)) for path in paths]
+        for domain, n in itertools.product(by_domain(pool), ns):
+            yield label, domain, n, [[prm_at(r, n, how=bench.args.aggregate) for r in run[domain]] for run in scored]
 
 
 def fig1(bench, args):
     """Accuracy of prm@N against the PRM's size, with the FLOPs of pre-training and of reward training (6 N D)."""
-    points, prms, before = [], named(args.prms), {}
-    for label, domains in prm_runs(bench, args, bench.run("best_of_n", args.policy, n=args.n), prms, [args.n]).items():
-        log = training_log(prms[label][0])
+    points, before, pool = [], {}, bench.run("best_of_n", args.policy, n=args.n)
+    for label, domain, n, runs in prm_runs(bench, args.policy, pool, [args.n]):
+        prm = named(args.prms)[label][0]
+        log = training_log(prm)
         start, end = log.get("start", [{}])[0], log.get("end", [{}])[-1]
-        size = start.get("parameters") or sum(p.numel() for p in bench.prm(prms[label][0]).parameters())
-        for domain, runs in domains.items():
-            more = {"minus the one before": over_runs(runs[args.n], before[domain])} if domain in before else {}
-            points.append(point(f"{domain}, prm@{args.n}", size, *runs[args.n], prm=label,
-                                pretraining_flops=start.get("pretraining_flops"), reward_flops=end.get("flops"),
-                                **more))
-            before[domain] = runs[args.n]
+        size = start.get("parameters") or sum(p.numel() for p in bench.prm(prm).parameters())
+        more = {"minus the one before": over_runs(runs, before[domain])} if domain in before else {}
+        points.append(point(f"{domain}, prm@{n}", size, *runs, prm=label,
+                            pretraining_flops=start.get("pretraining_flops"), reward_flops=end.get("flops"), **more))
+        before[domain] = runs
     return points, "parameters of the PRM", "accuracy", "log"
 
 
@@ -393,17 +360,13 @@ def fig2(bench, args):
 
 def fig3(bench, args):
     """prm@N against N for PRMs from different label sets, beside majority vote."""
-    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
-    for domain, rows in by_domain(pool).items():
-        for n in powers(args.n):
-            points.append(point(f"{domain}, majority", n, [maj_at(r, n) for r in rows]))
-    first = None
-    for label, domains in prm_runs(bench, args, pool, named(args.prms), powers(args.n)).items():
-        first = first or domains
-        for domain, runs in domains.items():
-            for n, values in runs.items():
-                more = {"minus the first": over_runs(values, first[domain][n])} if first is not domains else {}
-                points.append(point(f"{domain}, {label}", n, *values, **more))
+    pool, first = bench.run("best_of_n", args.policy, n=args.n), {}
+    points = [point(f"{domain}, majority", n, [maj_at(r, n) for r in rows])
+              for domain, rows in by_domain(pool).items() for n in powers(args.n)]
+    for label, domain, n, runs in prm_runs(bench, args.policy, pool, powers(args.n)):
+        base = first.setdefault((domain, n), runs)
+        more = {"minus the first": over_runs(runs, base)} if runs is not base else {}
+        points.append(point(f"{domain}, {label}", n, *runs, **more))
     return points, "N", "accuracy", "log"
 
 
@@ -432,7 +395,7 @@ def fig4(bench, args, axis="tokens"):
             points.append(point(f"{domain}, majority", cost(rows, prm=False) * n / args.n,
                                 [maj_at(r, n) for r in rows], N=n))
         for (k, m), found in beams.items():
-            right = [picked_right(r) for r in found[domain]]
+            right = [search.right(r, r["picked"]) for r in found[domain]]
             same = [at_budget(r, b["cost"]["policy_generated"], how) for r, b in zip(more[domain], found[domain])]
             d, se, z = paired(right, same)
             points.append(point(f"{domain}, beam", cost(found[domain]), right, width=f"{k}x{m}",
@@ -465,18 +428,16 @@ def table1(bench, args):
     """Policies x {single, majority, each PRM} on the code tasks: a row for each, printed as Markdown."""
     points, n = [], args.n
     for name, (policy, *_) in named(args.policies).items():
-        pool, first = bench.run("best_of_n", policy, n=n), None
+        pool, first = bench.run("best_of_n", policy, n=n), {}
         single = {domain: [pass_at(r, 1) for r in rows] for domain, rows in by_domain(pool).items()}
         for domain, rows in by_domain(pool).items():
             points += [point(f"{name}, {domain}: single", 1, single[domain]),
                        point(f"{name}, {domain}: majority", n, [maj_at(r, n) for r in rows])]
-        for label, domains in prm_runs(bench, argparse.Namespace(**{**vars(args), "policy": policy}), pool,
-                                       named(args.prms), [n]).items():
-            first = first or domains
-            for domain, runs in domains.items():
-                more = {"minus the first": over_runs(runs[n], first[domain][n])} if first is not domains else {}
-                points.append(point(f"{name}, {domain}: PRM-{label}", n, *runs[n],
-                                    **{"minus single": over_runs(runs[n], [single[domain]])}, **more))
+        for label, domain, _, runs in prm_runs(bench, policy, pool, [n]):
+            more = {"minus single": over_runs(runs, [single[domain]])}
+            if (base := first.setdefault(domain, runs)) is not runs:
+                more["minus the first"] = over_runs(runs, base)
+            points.append(point(f"{name}, {domain}: PRM-{label}", n, *runs, **more))
     return points, "N", "accuracy", "linear"
 
 
@@ -497,9 +458,7 @@ EXHIBITS = {"fig1": fig1, "fig2": fig2, "fig3": fig3, "fig4": fig4, "fig5": part
 
 def draw(name, points, x_label, y_label, x_scale, out):
     """PNG and SVG with 95 % bands, the numbers as JSONL and as a Markdown table."""
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
     (out / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     more = [k for k in dict.fromkeys(k for p in points for k in p) if k not in ("series", "x", "value", "low", "high")]
     table = [f"| | {x_label} | {y_label} | 95 % |" + "".join(f" {k} |" for k in more), "|---" * (4 + len(more)) + "|"]
@@ -513,8 +472,8 @@ def draw(name, points, x_label, y_label, x_scale, out):
     print("\n".join(table))
     if name != "table1":
         panels = [d for d in ("math", "code") if any(p["series"].startswith(d + ", ") for p in points)] or [""]
-        figure, axes = plt.subplots(1, len(panels), figsize=(1 + 5 * len(panels), 4.5), sharey=True, squeeze=False)
-        for panel, ax in zip(panels, axes[0]):
+        figure = Figure((1 + 5 * len(panels), 4.5))
+        for panel, ax in zip(panels, figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]):
             for series in dict.fromkeys(p["series"] for p in points):
                 domain, _, label = series.partition(", ")
                 if domain in panels and domain != panel:
@@ -527,7 +486,6 @@ def draw(name, points, x_label, y_label, x_scale, out):
             ax.legend(fontsize=7)
         for suffix in ("png", "svg"):
             figure.savefig(out / f"{name}.{suffix}", bbox_inches="tight", dpi=150)
-        plt.close(figure)
 
 
 # ---------------------------------------------------------------- the report
@@ -536,7 +494,7 @@ def report(rows, names, ns, subset):
     """Print the metrics of each domain; returns what --json writes."""
     out = {}
     for domain, some in by_domain(rows).items():
-        values = measure(some, names, ns, subset)
+        values = {name: {n: [metric(name)(row, n, subset) for row in some] for n in ns} for name in names}
         print(f"\n{domain}: {len(some)} problems, {len(some[0]['samples'])} samples each, subsets: {subset}\n"
               + f"{'N':<22}" + "".join(f"{n:>18}" for n in ns))
         out[domain] = {}
@@ -545,15 +503,12 @@ def report(rows, names, ns, subset):
             out[domain][name] = {n: dict(zip(("value", "low", "high"), s)) for n, s in spread.items()}
             print(f"{name.replace(' by', '@N by') if ' by' in name else name + '@N':<22}" + "".join(
                 f"{v:>6.3f} {f'[{low:.2f}, {high:.2f}]':>11}" for v, low, high in spread.values()))
-        best = [n for n in names if n.startswith("prm")]
-        out[domain]["paired"] = []
-        for name in best[:1]:
-            for other in ("maj", "pass"):
-                n = ns[-1] if other == "maj" else 1
-                d, se, z = paired(values[name][ns[-1]], values[other][n])
-                print(f"{name.replace(' by', f'@{ns[-1]} by')} - {'single' if n == 1 else f'{other}@{n}'}: "
-                      f"{d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")
-                out[domain]["paired"].append({"a": name, "b": other, "N": n, "difference": d, "se": se, "z": z})
+        best, out[domain]["paired"] = names[0], []  # of the metrics by the PRM, where there are any
+        for other, n in (("maj", ns[-1]), ("pass", 1)) if best != "maj" else ():
+            d, se, z = paired(values[best][ns[-1]], values[other][n])
+            print(f"{best.replace(' by', f'@{ns[-1]} by')} - {'single' if n == 1 else f'{other}@{n}'}: "
+                  f"{d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")
+            out[domain]["paired"].append({"a": best, "b": other, "N": n, "difference": d, "se": se, "z": z})
     return out
 
 
@@ -574,7 +529,7 @@ def read_samples(file):
     rows = []
     for number, row in read_rows(file):
         for key, kind in (("id", (str, int)), ("question", str), ("samples", list)):
-            if not isinstance(row.get(key), kind):
+            if not isinstance(row.get(key), kind) or row[key] == []:
                 raise ValueError(f"{file}:{number}: no {key}")
         row["domain"] = row.get("domain") or ("code" if row.get("tests") else "math")
         for s in row["samples"]:
@@ -582,15 +537,11 @@ def read_samples(file):
                 raise ValueError(f"{file}:{number}: a sample without steps")
             if s.get("scores") is not None and len(s["scores"]) != len(s["steps"]):
                 raise ValueError(f"{file}:{number}: {len(s['scores'])} scores for {len(s['steps'])} steps")
-        if not row["samples"]:
-            raise ValueError(f"{file}:{number}: no samples")
         rows.append(row)
     if not rows:
         raise ValueError(f"{file}: no rows")
     unjudged = [(r, s) for r in rows for s in r["samples"] if "correct" not in s or "answer" not in s]
-    flat = [(tasks.Problem(str(r["id"]), r["question"], r["domain"],
-                           None if r.get("answer") is None else str(r["answer"]), tasks.unpacked(r.get("tests")),
-                           r.get("meta") or {}), "\n\n".join(s["steps"])) for r, s in unjudged]
+    flat = [(tasks.own_row(r, 0), "\n\n".join(s["steps"])) for r, s in unjudged]
     for (_, s), verdict, key in zip(unjudged, tasks.judge_many(flat), tasks.vote_keys(flat)):
         s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
     return rows
@@ -610,9 +561,6 @@ def parse(argv):
     a("--policies", nargs="+", default=[f"{x}={TINY / x}" for x in "ABC"], help="table1: LABEL=FOLDER of the LLMs")
     a("--widths", nargs="+", default=["1x4", "2x4", "4x4", "4x8"], help="fig4, fig5: beams KxM")
     a("--seeds", type=int, nargs="+", default=[0], help="sets of problems of the tiny world")
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"])
-    a("--data", help="local file instead of the hub")
-    a("--split", help="of the task; for livecodebench FROM:TO")
     search.add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
     add_run_flags(parser, limit=100)
@@ -635,7 +583,7 @@ def main(argv=None):
     result = {"settings": {k: str(v) for k, v in vars(args).items()}}
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    try:
+    with parser:
         bench = Bench(args)
         names = [*dict.fromkeys(f"prm by {how}" for how in (args.aggregate, *AGGREGATIONS)),
                  f"wmaj by {args.aggregate}", "maj", "pass"]
@@ -669,7 +617,7 @@ def main(argv=None):
                         costs[strategy] = bench.run(strategy, args.policy, args.prm[0])
                         more = by_domain(bench.same_tokens(rows, args.policy, args.prm[0], costs[strategy]))
                         for domain, some in by_domain(costs[strategy]).items() if bench.rank == 0 else ():
-                            right = [picked_right(r) for r in some]
+                            right = [search.right(r, r["picked"]) for r in some]
                             same = [at_budget(r, b["cost"]["policy_generated"], args.aggregate)
                                     for r, b in zip(more[domain], some)]
                             (v, low, high), (d, se, z) = interval(right), paired(right, same)
@@ -683,8 +631,6 @@ def main(argv=None):
                     lm = getattr(bench.policy(args.policy), "lm", None)  # a server's size is not known
                     sizes = [m and sum(p.numel() for p in m.parameters()) for m in (lm, bench.prm(args.prm[0]))]
                     result["cost"] = cost_table(mean, sizes)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     if args.json and bench.rank == 0:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 

@@ -243,11 +243,9 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not args.file and not (args.question and args.question.strip() and args.steps):
         parser.error("give --question and --steps, or --file")
-    try:
+    with parser:
         pairs = read_solutions(args.file, args.limit) if args.file else [(args.question, args.steps)]
         prm = load_prm(args.prm, args.device, args.dtype)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
         print(f"\n{question}")
         for step, p in zip(steps, scores):

@@ -104,30 +104,21 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
         out.parent.mkdir(parents=True, exist_ok=True)
         files = [f for f in [out, *sorted(out.parent.glob(out.name + ".part*"))] if f.exists()]
         for file in files if resume else ():
-            text = file.read_text(encoding="utf-8")
-            for line in text.split("\n")[:-1]:  # a line cut off by a kill was not finished
-                done[json.loads(line)["id"]] = json.loads(line)
-        if world > 1:
-            dist.barrier()  # every rank has read before anyone writes
-        if rank == 0:
-            if done:
-                write_rows(out, done.values())
-            for file in files:
-                if file != out or not done:
-                    file.unlink()
-        if world > 1:
-            dist.barrier()
+            lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # one cut off by a kill was not finished
+            done |= {row["id"]: row for row in map(json.loads, lines)}
+        gather("a barrier: every rank has read before anyone writes")
+        if rank == 0 and files:
+            write_rows(out, done.values())
+            for part in set(files) - {out}:
+                part.unlink()
+        gather("a barrier")
     mine, rows = [x for x in items if not done.keys() >= set(names(x))][rank::world], []
-    with tqdm(total=len(mine), desc=desc, disable=rank > 0 or not mine or None) as progress:
-        for start in range(0, len(mine), chunk):
-            new = make(mine[start:start + chunk])
-            if out is not None:
-                with open(out.with_name(f"{out.name}.part{rank}"), "a", encoding="utf-8") as file:
-                    file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
-                    file.flush()
-                    os.fsync(file.fileno())
-            rows += new
-            progress.update(len(mine[start:start + chunk]))
+    for start in tqdm(range(0, len(mine), chunk), desc, unit_scale=chunk, disable=rank > 0 or not mine or None):
+        new = make(mine[start:start + chunk])
+        if out is not None:
+            with open(out.with_name(f"{out.name}.part{rank}"), "a", encoding="utf-8") as file:
+                file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
+        rows += new
     done |= {r["id"]: r for part in gather(rows) for r in part}
     if rank > 0:
         return []
@@ -146,11 +137,23 @@ def write_rows(file, rows):
     os.replace(partial, file)
 
 
+class CommandLine(argparse.ArgumentParser):
+    """A parser whose errors are one line, without the usage of forty flags before it. `with parser:` what the user can
+    mend, a ValueError or OSError, becomes one, too."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        if isinstance(error, (ValueError, OSError)):
+            self.error(str(error))
+
+
 def command_line(description):
-    """A parser whose errors are one line, without the usage of forty flags before it."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: error: {message}\n")
-    return parser
+    return CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
 def add_run_flags(parser, limit=None):
@@ -186,14 +189,12 @@ def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "d
         out = Path(args.out)
         file, now = out.with_name(out.name + ".flags"), {k: v for k, v in vars(args).items() if k not in free}
         begun = out.exists() or [*out.parent.glob(out.name + ".votes*"), *out.parent.glob(out.name + ".part*")]
-        try:
+        with parser:
             was = json.loads(file.read_text()) if begun and args.resume and file.exists() else now
             for k in (k for k in now if k in was and was[k] != now[k]):
                 parser.error(f"--resume: {out} was begun with --{k.replace('_', '-')} {was[k]}, not {now[k]}")
             out.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(now) + "\n")
-        except (OSError, ValueError) as error:
-            parser.error(f"--out {out}: {error}")
 
 
 def take_out(out, resume, overwrite, needed):

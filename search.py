@@ -35,7 +35,7 @@ TINY = Path(__file__).resolve().parent / "tiny"
 @dataclass
 class Request:
     nodes: list
-    n: int | list        # samples for each node, or one number for all
+    n: int               # samples for each node
     whole: bool = False  # to the end of the solution, not of the step
 
 
@@ -197,8 +197,7 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
                 continue
             started, before = time.perf_counter(), (policy.prefilled, sum(p.tokens for p in prms))
             nodes = [n for s in asked for n in s.request.nodes]
-            counts = [c for s in asked for c in ([s.request.n] * len(s.request.nodes)
-                                                 if isinstance(s.request.n, int) else s.request.n)]
+            counts = [s.request.n for s in asked for _ in s.request.nodes]
             groups = (policy.complete if whole else policy.propose)(nodes, counts)
             sampled = time.perf_counter()
             score_steps(prms, [n for group in groups for n in group], combine)
@@ -216,8 +215,7 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
                 s.tried += [n for group in own for n in group]
                 s.found += [(s.spent, s.took, n) for group in own for n in group if n.end]
                 s.request = s.answer(own)
-                if s.request and (s.spent >= s.tokens or s.took >= s.seconds):
-                    s.plan.close()
+                if s.spent >= s.tokens or s.took >= s.seconds:
                     s.request = None
         if progress is not None:  # with a real model no problem may be done for minutes: show the tokens, too
             progress.set_postfix_str(f"{sum(s.spent for s in searches)} tokens", refresh=False)
@@ -234,10 +232,9 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     options = {**vars(args), "reward": reward_by(args.aggregate), "path_score": reward_by(args.beam_score)}
     if budgets:
         options["n"] = math.inf  # as many samples as the budget buys
-    searches = [Search(policy.root(p.id, p.question, p.domain), STRATEGIES[strategy], options,
-                       tokens=budgets[i] if budgets else args.tokens,
-                       seconds=math.inf if budgets else args.seconds)
-                for i, p in enumerate(problems)]
+    limits = [(tokens, math.inf) for tokens in budgets] if budgets else [(args.tokens, args.seconds)] * len(problems)
+    searches = [Search(policy.root(p.id, p.question, p.domain), STRATEGIES[strategy], options, *limit)
+                for p, limit in zip(problems, limits)]
     with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
         drive(searches, policy, prms, args.combine, progress)
     return searches, sample_rows(problems, searches, strategy, args, policy.separator)
@@ -269,8 +266,7 @@ def sample_rows(problems, searches, strategy, args, separator):
                         for n, answer, v in zip(nodes, answers, verdicts)],
             "picked": picked, "vote": vote,
             # the best answer as a function of what has been spent: (tokens, seconds, sample) whenever it changed
-            "curve": [(t, round(sec, 4), now) for i, ((t, sec, _), now) in enumerate(zip(s.found, best))
-                      if i == 0 or now != best[i - 1]],
+            "curve": [(t, round(sec, 4), i) for i, (t, sec, _) in enumerate(s.found) if best[i] == i],
             "cost": {"policy_generated": s.spent, "policy_prefilled": round(s.prefilled, 1),
                      "prm_tokens": round(s.prm_tokens, 1), "seconds": round(s.took, 4),
                      "prm_seconds": round(s.prm_took, 4)},
@@ -278,11 +274,14 @@ def sample_rows(problems, searches, strategy, args, separator):
     return rows
 
 
+def right(row, i):
+    """Is sample i of a row right? None, that no sample was finished, is not."""
+    return bool(i is not None and row["samples"][i]["correct"])
+
+
 def compare(row, pool):
     """What the report needs of a problem: the strategy's pick, and from a pool of plain samples that cost as many
     tokens: best-of-N, majority vote and the mean single sample."""
-    def right(r, i):
-        return bool(i is not None and r["samples"][i]["correct"])
     best = pool["curve"][-1][2] if pool["curve"] else None
     return {"picked": right(row, row["picked"]), "best_of_n": right(pool, best), "majority": right(pool, pool["vote"]),
             "single": statistics.fmean([s["correct"] for s in pool["samples"]] or [0.0]),
@@ -290,6 +289,10 @@ def compare(row, pool):
 
 
 # ---------------------------------------------------------------- what is printed
+
+def by_domain(rows):
+    return {d: [r for r in rows if r["domain"] == d] for d in sorted({r["domain"] for r in rows}, reverse=True)}
+
 
 def mean_se(values):
     """Mean and its standard error over problems (0 for a single one)."""
@@ -318,8 +321,7 @@ def report(rows, args):
     name = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}", "mcts": "MCTS",
             "majority": f"majority of {args.n}"}.get(args.strategy, args.strategy)
     summary = {}
-    for domain in sorted({r["domain"] for r in rows}, reverse=True):
-        own = [r for r in rows if r["domain"] == domain]
+    for domain, own in by_domain(rows).items():
         cost = {k: statistics.fmean(r["cost"][k] for r in own) for k in own[0]["cost"]}
         pool, samples = (statistics.fmean(r["compared"][k] for r in own) for k in ("pool_tokens", "pool_samples"))
         s = summary[domain] = {"problems": len(own), "cost": cost, "overshoot": max(r["overshoot"] for r in own)}
@@ -329,8 +331,7 @@ def report(rows, args):
                                   ("best_of_n", "best-of-N, same tokens", [pool]),
                                   ("majority", "majority vote, same tokens", [pool]),
                                   ("single", "a single sample", [pool / max(1, samples)])):
-            right = [float(r["compared"][key]) for r in own]
-            s[key], s[key + "_se"] = mean_se(right)
+            s[key], s[key + "_se"] = mean_se([float(r["compared"][key]) for r in own])
             print(f"  {label:<32}{s[key]:.3f} ± {s[key + '_se']:.3f}  "
                   + "".join(f"{x:>11.0f}" for x in spent[:3]) + "".join(f"{x:>10.3f}" for x in spent[3:]))
         if s["overshoot"]:
@@ -344,6 +345,9 @@ def add_search_flags(parser):
     """The flags that solve() reads; evaluate.py has them, too. Capitals: torchrun on Python < 3.12 takes --n for one
     of its own flags, even after the script's name."""
     a = parser.add_argument
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of tasks.py")
+    a("--data", help="local file instead of the hub")
+    a("--split", help="of the task; for livecodebench FROM:TO")
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
     a("--m", "--M", type=int, default=4, help="beam, MCTS: steps sampled from each path, M (4)")
@@ -366,10 +370,8 @@ def parse(argv):
     parser = command_line(__doc__)
     a = parser.add_argument
     a("--strategy", required=True, choices=STRATEGIES)
-    a("--tokens", type=int, default=None, help="budget: generated tokens a problem")
-    a("--seconds", type=float, default=None, help="budget: seconds a problem")
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of tasks.py")
-    a("--data", help="local file instead of the hub")
+    a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
+    a("--seconds", type=float, default=math.inf, help="budget: seconds a problem")
     a("--question", help="your own question")
     a("--domain", choices=["math", "code"], default="math", help="of --question")
     add_search_flags(parser)
@@ -382,23 +384,20 @@ def parse(argv):
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
     same_flags(parser, args)
-    args.tokens, args.seconds = args.tokens or math.inf, args.seconds or math.inf
     return parser, args
 
 
 def main(argv=None):
     parser, args = parse(argv)
     rank, _, device = distributed(args.device)
-    try:
+    with parser:
         if args.question:
             problems = [tasks.Problem("question", args.question, args.domain)]
         else:
             problems = [p for task in args.task
-                        for p in tasks.load(task, data=args.data, limit=args.limit, seed=args.seed)]
+                        for p in tasks.load(task, args.data, args.split, args.limit, args.seed)]
         policy = load_policy_flags(args, device)
         prms = [load_prm(p, device, args.dtype, max_batch_tokens=args.max_batch_tokens) for p in args.prm]
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
     def make(some):
         searches, rows = solve(some, args.strategy, policy, prms, args)

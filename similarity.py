@@ -37,10 +37,9 @@ import torch.distributed as dist
 from torch.distributions import Multinomial
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import tasks
-from policy import add_policy_flags, chat_prompt, load_policy_flags, load_pretrained
+from policy import add_policy_flags, chat_prompt, load_policy, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, load_prm
 from rows import command_line, distributed, gather, read_rows
 
@@ -319,14 +318,11 @@ def main(argv=None):
     if min(args.n, args.sketch - 1, 1 if args.limit is None else args.limit) < 1:
         parser.error("--n and --limit are at least 1, --sketch 2")
     rank, world, device = distributed(args.device)
-    dtype, model = args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"), args.model or args.policy
-    try:
-        tokenizer = load_pretrained(AutoTokenizer, model)
-        lm = load_pretrained(AutoModelForCausalLM, model, dtype=getattr(torch, dtype)).to(device).eval()
-        separator = getattr(lm.config, "step_separator", None) or "\n\n"
-        responses = (read_sets(args.sets, args.limit, separator) if args.sets else
-                     sample(args, separator, rank, world, device))
-        items, cut = encode(tokenizer, responses, separator, getattr(lm.config, "max_position_embeddings", 10 ** 9))
+    with parser:
+        F = load_policy(args.model or args.policy, device, args.dtype)
+        responses = (read_sets(args.sets, args.limit, F.separator) if args.sets else
+                     sample(args, F.separator, rank, world, device))
+        items, cut = encode(F.tokenizer, responses, F.separator, F.context)
         found, rng = subsets(responses, items), random.Random(args.seed)
         if not all(found[k] for k in range(4)):
             raise ValueError("no responses in " + ", ".join(SETS[k] for k in range(4) if not found[k]))
@@ -335,15 +331,13 @@ def main(argv=None):
             found.setdefault("selected, tokens shuffled", []).append(len(items))
             items.append((ids[:start] + rng.sample(ids[start:], len(ids) - start), start))
             responses.append(responses[i]._replace(text="", sets=set()))
-        reference = Reference(lm, args.params, args.score, args.sketch, args.seed, args.low_memory)
+        reference = Reference(F.lm, args.params, args.score, args.sketch, args.seed, args.low_memory)
         sums, kept = accumulate(reference, items, [r.sets for r in responses], rank, world,
                                 "cpu" if args.offload else None)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     if rank == 0:
         result = analyse(responses, found, kept, products(sums, reference.spans), args.phrases, args.seed)
-        print(f"F = {model}, {reference.P:,} weights. Problems {result['problems']}, responses {result['responses']}, "
-              f"{cut} cut at the context's end")
+        print(f"F = {args.model or args.policy}, {reference.P:,} weights. Problems {result['problems']}, "
+              f"responses {result['responses']}, {cut} cut at the context's end")
         report(result, args.plot)
         if args.json:
             Path(args.json).write_text(json.dumps({"args": vars(args), "cut": cut, **result}, indent=1) + "\n")

@@ -366,7 +366,7 @@ def unpacked(tests):
     return _recoded(tests, judge.decode) if tests and tests.get("packed") else tests
 
 
-def _own(row, n):
+def own_row(row, n):
     """This project's own form: {"id", "question", "answer"} or {"id", "question", "tests": {...}}."""
     tests, answer = unpacked(row.get("tests")), row.get("answer")
     if tests and tests.get("kind") not in ("call", "stdin", "assert", "unittest"):
@@ -378,8 +378,8 @@ def _own(row, n):
 # name -> (row function, hub id, default split, data files if the hub's own loading would need a script, which
 # datasets >= 4 refuses to run)
 TASKS = {
-    "tiny-math": (_own, None, "test", None),
-    "tiny-code": (_own, None, "test", None),
+    "tiny-math": (own_row, None, "test", None),
+    "tiny-code": (own_row, None, "test", None),
     "gsm8k": (_math, "openai/gsm8k:main", "test", None),
     "math500": (_math, "HuggingFaceH4/MATH-500", "test", None),
     "aime24": (_math, "math-ai/aime24", "test", None),
@@ -423,7 +423,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
             break
         try:
             own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
-            problem = (_own if own else make)(row, len(problems))
+            problem = (own_row if own else make)(row, len(problems))
             if not problem.question.strip():
                 raise ValueError("empty question")
             if problem.id == str(len(problems)):  # a row without an id: its number alone would be in other tasks, too

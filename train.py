@@ -28,7 +28,6 @@ import signal
 import time
 import warnings
 from collections import Counter, namedtuple
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -59,28 +58,22 @@ EMPTY = Row(torch.zeros(1, dtype=torch.long), NONE, NONE.float(), NONE, "")  # o
 # ---------------------------------------------------------------- rows in, tensors out
 
 def encode_rows(prm, found, max_length, mask_after_first_error=False):
-    """(where, stepwise row) pairs -> Rows, exactly as prm.encode() joins them, tokenised many steps at a time.
+    """(where, stepwise row) pairs -> Rows, encoded as the PRM will read them when it scores.
 
     What follows the last labelled step cannot change the loss and is cut off. Rows left without any label (all beyond
     max_length, or none known) are dropped.
     """
-    rows, prompts = [], {}
-    for start in tqdm(range(0, len(found), 1000), "encode", disable=None, leave=False):
-        part = found[start:start + 1000]
-        texts = [s for _, r in part for s in r["completions"]]
-        steps = iter(prm.tokenizer(texts, add_special_tokens=False)["input_ids"])
-        for where, row in part:
-            if row["prompt"] not in prompts:
-                prompts[row["prompt"]] = prm.encode_prompt(row["prompt"])
-            ids, kept, masked = list(prompts[row["prompt"]]), [], False
-            for t, y in enumerate(row["labels"]):
-                ids += next(steps) + prm.separator_ids
-                if y is not None and not masked and len(ids) <= max_length:
-                    kept.append((len(ids) - 1, float(y), t))
-                masked = masked or (mask_after_first_error and y is not None and y < 0.5)
-            if kept:
-                positions, labels, index = (torch.tensor(x) for x in zip(*kept))
-                rows.append(Row(torch.tensor(ids[:positions[-1] + 1]), positions, labels, index, where))
+    rows = []
+    for where, row in tqdm(found, "encode", disable=None, leave=False):
+        ids, positions = prm.encode(row["prompt"], row["completions"])
+        kept, masked = [], False
+        for t, (at, y) in enumerate(zip(positions, row["labels"])):
+            if y is not None and not masked and at < max_length:
+                kept.append((at, float(y), t))
+            masked = masked or (mask_after_first_error and y is not None and y < 0.5)
+        if kept:
+            positions, labels, steps = (torch.tensor(x) for x in zip(*kept))
+            rows.append(Row(torch.tensor(ids[:positions[-1] + 1]), positions, labels, steps, where))
     return rows
 
 
@@ -200,10 +193,9 @@ def save_checkpoint(out, model, optimizer, progress):
 
 
 def load_checkpoint(folder, model, optimizer):
-    weights, moments = states.get_state_dict(model, optimizer)
-    state = {"model": weights, "optimizer": moments}
-    dcp.load(state, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    states.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    weights, moments = states.get_state_dict(model, optimizer)  # are filled in place
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 def shard(prm, device, bf16):
@@ -274,9 +266,8 @@ def main(argv=None):
     stop = []
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))  # pre-emption: finish the step, save, exit 0
     try:
-        return train(args, stop)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+        with parser:
+            return train(args, stop)
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -342,8 +333,7 @@ def train(args, stop):
     if args.fsdp:
         shard(prm, device, bf16)
     elif world > 1:
-        model = DistributedDataParallel(prm, device_ids=[device.index] if device.type == "cuda" else None,
-                                        gradient_as_bucket_view=True)
+        model = DistributedDataParallel(prm, gradient_as_bucket_view=True)
 
     # -------- optimizer: decay on matrices only, a learning rate of its own for the new head
     lr = args.lr or (3e-4 if total < 100e6 else 1e-5)
@@ -367,9 +357,8 @@ def train(args, stop):
     if checkpoint:
         progress |= json.loads((checkpoint / "progress.json").read_text())
         totals = progress["totals"] = Counter(progress["totals"])
-        changed = [f"--{k.replace('_', '-')} was {v}, is {settings.get(k)}" for k, v in progress["settings"].items()
-                   if settings.get(k) != v]
-        if changed:
+        if changed := [f"--{k.replace('_', '-')} was {v}, is {settings.get(k)}"
+                       for k, v in progress["settings"].items() if settings.get(k) != v]:
             raise ValueError(f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
         load_checkpoint(checkpoint, model, optimizer)
     gather("a barrier: all ranks have read")
@@ -405,11 +394,11 @@ def train(args, stop):
             last = j + world >= len(micros)  # gradients are exchanged once, with the last micro-batch
             if args.fsdp:
                 model.set_requires_gradient_sync(last)
-            with nullcontext() if last or model is prm else model.no_sync():
-                with autocast():
-                    logits_M = model(ids_BT, rows_M, positions_M)
-                micro_sum, _ = prm_loss(logits_M, labels_M)
-                (micro_sum * (world / M)).backward()  # the exchange takes the mean over ranks: undo it
+            model.require_backward_grad_sync = last  # what DDP's no_sync() sets, without its indentation
+            with autocast():
+                logits_M = model(ids_BT, rows_M, positions_M)
+            micro_sum, _ = prm_loss(logits_M, labels_M)
+            (micro_sum * (world / M)).backward()  # the exchange takes the mean over ranks: undo it
             loss_sum += micro_sum.detach()
             bad.append((micros[j], rows_M, logits_M.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)

@@ -93,18 +93,18 @@ def measure(domain, args, flags, policy, prms):
         return rows
 
     def right(rows, key="picked"):
-        return [bool(r[key] is not None and r["samples"][r[key]]["correct"]) for r in rows]
+        return [search.right(r, r[key]) for r in rows]
     pool = solve("best_of_n", n=16)
     correct = [[s["correct"] for s in r["samples"]] for r in pool]
     out = {"single": spread([statistics.fmean(c) for c in correct]), "majority@16": spread(right(pool, "vote")),
            "pass@16": spread([any(c) for c in correct])}
-    steps = [[(t, p, y) for s in r["samples"]
-              for t, (p, y) in enumerate(zip(s["scores"], world.grade(raw[r["id"]], s["steps"])))] for r in pool]
+    graded = [[list(zip(itertools.count(), s["scores"], world.grade(raw[r["id"]], s["steps"]))) for s in r["samples"]]
+              for r in pool]
+    steps = [list(itertools.chain(*own)) for own in graded]
+    first = [[x for s in own for x in s[:next((t + 1 for t, _, y in s if not y), None)]] for own in graded]
     out["step AUC"] = spread(steps, auc, rounds=100)
     out["step AUC at the same position"] = spread(steps, lambda x: auc(x, same_position=True), rounds=100)
-    first = [[x for s in r["samples"] for x in up_to_first_error(s, raw[r["id"]])] for r in pool]
-    out["the same, up to the first wrong step"] = spread(
-        first, lambda x: auc(x, same_position=True), rounds=100)
+    out["the same, up to the first wrong step"] = spread(first, lambda x: auc(x, same_position=True), rounds=100)
     print(f"\n{domain}: {len(problems)} problems, {sum(map(len, steps)):,} steps")
     for how in search.AGGREGATIONS:
         best = [max(r["samples"], key=lambda s: search.aggregate(s["scores"], how))["correct"] for r in pool]  # noqa: B023
@@ -130,15 +130,6 @@ def measure(domain, args, flags, policy, prms):
                                             f"{statistics.fmean(r['cost']['policy_generated'] for r in beams):.0f})",
                                             right(rows), right(beams))
     print(f"   {(time.time() - started) / 60:.1f} minutes")
-    return out
-
-
-def up_to_first_error(sample, problem):
-    out = []
-    for t, (p, y) in enumerate(zip(sample["scores"], world.grade(problem, sample["steps"]))):
-        out.append((t, p, y))
-        if not y:
-            break
     return out
 
 
