@@ -360,7 +360,7 @@ def main(argv=None):
         jobs = collect(args)
         voters = {}
         for path in args.policies:
-            name = Path(path).name if Path(path).name not in voters else path
+            name = next(x for x in (Path(path).name, path, *(f"{path}#{n}" for n in range(2, 99))) if x not in voters)
             voters[name] = load_policy_flags(args, device, path)
         sampler = next(iter(voters.values()))
         if args.sampler or args.sampler_temperature is not None:
@@ -380,7 +380,8 @@ def main(argv=None):
         return annotate([(p, given or [(f"{p.id}-{i}", end.steps(), end.end, source, None)
                                        for i, end in enumerate(next(groups))]) for p, given in some],
                         voters, judge, args)
-    records = journaled(f"{args.out}.votes" if args.out else None, jobs, make, names, args.concurrent, args.resume)
+    with parser:
+        records = journaled(f"{args.out}.votes" if args.out else None, jobs, make, names, args.concurrent, args.resume)
     if rank == 0:
         if args.balance:
             balance(records, args.seed)

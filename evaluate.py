@@ -40,10 +40,9 @@ import torch
 import search
 import tasks
 from policy import add_policy_flags, load_policy_flags
-from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
+from prm_model import AGGREGATIONS, aggregate, auc_pairs, coloured, load_prm
 from rows import add_run_flags, check_run_flags, command_line, distributed, gather, journaled, read_rows, read_set
 from search import by_domain
-from train import auc_pairs
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -209,8 +208,9 @@ def first_error(args, bench):
 # ---------------------------------------------------------------- samples, scores and searches, each done once
 
 def written(path):
-    """A local model's path and when its weights were written: one trained again is another."""
-    return [str(path), *(f.stat().st_mtime_ns for f in sorted(Path(path).glob("*.safetensors")))]
+    """A local path and when the file, or the weights in the folder, were written: a model trained again is another."""
+    path = Path(path)
+    return [str(path), *(f.stat().st_mtime_ns for f in [path, *sorted(path.glob("*.safetensors"))] if f.is_file())]
 
 
 class Bench:
@@ -219,9 +219,8 @@ class Bench:
     def __init__(self, args):
         self.args, self.out, self.made = args, Path(args.out), set()
         self.rank, _, device = distributed(args.device)
-        dtype = getattr(torch, args.dtype or ("bfloat16" if device.startswith("cuda") else "float32"))
         self.policy = cache(lambda path: load_policy_flags(args, device, path))
-        self.prm = cache(lambda path: load_prm(path, device, dtype, path, max_batch_tokens=args.max_batch_tokens))
+        self.prm = cache(lambda path: load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens))
 
     @cached_property
     def problems(self):
@@ -533,8 +532,9 @@ def read_samples(file):
                 raise ValueError(f"{file}:{number}: no {key}")
         row["domain"] = row.get("domain") or ("code" if row.get("tests") else "math")
         for s in row["samples"]:
-            if not isinstance(s.get("steps"), list) or not s["steps"]:
-                raise ValueError(f"{file}:{number}: a sample without steps")
+            steps = s.get("steps") if isinstance(s, dict) else None
+            if not isinstance(steps, list) or not steps or not all(isinstance(x, str) for x in steps):
+                raise ValueError(f"{file}:{number}: a sample without steps, which are texts")
             if s.get("scores") is not None and len(s["scores"]) != len(s["steps"]):
                 raise ValueError(f"{file}:{number}: {len(s['scores'])} scores for {len(s['steps'])} steps")
         rows.append(row)
@@ -582,8 +582,8 @@ def main(argv=None):
     parser, args = parse(argv)
     result = {"settings": {k: str(v) for k, v in vars(args).items()}}
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     with parser:
+        out.mkdir(parents=True, exist_ok=True)
         bench = Bench(args)
         names = [*dict.fromkeys(f"prm by {how}" for how in (args.aggregate, *AGGREGATIONS)),
                  f"wmaj by {args.aggregate}", "maj", "pass"]

@@ -10,6 +10,7 @@ Sample rows (search.py and evaluate.py write and read; other projects' outputs c
 """
 import argparse
 import atexit
+import glob
 import gzip
 import hashlib
 import json
@@ -102,7 +103,7 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     if out is not None:
         out = Path(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        files = [f for f in [out, *sorted(out.parent.glob(out.name + ".part*"))] if f.exists()]
+        files = [f for f in [out, *beside(out, ".part*")] if f.exists()]
         for file in files if resume else ():
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # one cut off by a kill was not finished
             done |= {row["id"]: row for row in map(json.loads, lines)}
@@ -125,9 +126,14 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     rows = [done.pop(name) for x in items for name in names(x) if name in done]
     if out is not None:
         write_rows(out, [*rows, *done.values()])  # what was there of other items stays, at the end
-        for part in out.parent.glob(out.name + ".part*"):
+        for part in beside(out, ".part*"):
             part.unlink()
     return rows
+
+
+def beside(out, pattern):
+    """The files whose names are out's and then the pattern; out's own name may hold [ or *."""
+    return sorted(out.parent.glob(glob.escape(out.name) + pattern))
 
 
 def write_rows(file, rows):
@@ -174,9 +180,11 @@ def check_run_flags(parser, args, *positive):
     for name in ("limit", *positive):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    if args.json and not Path(args.json).absolute().parent.is_dir():
+        parser.error(f"--json {args.json}: no such folder")
     if args.out and not (args.resume or args.overwrite):
         out = Path(args.out)  # a run that was killed leaves out.part0, or out.votes.part0
-        for file in (out, *out.parent.glob(out.name + ".votes*"), *out.parent.glob(out.name + ".part*")):
+        for file in (out, *beside(out, ".votes*"), *beside(out, ".part*")):
             if file.exists():
                 parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
 
@@ -188,7 +196,7 @@ def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "d
     if args.out and os.environ.get("RANK", "0") == "0":
         out = Path(args.out)
         file, now = out.with_name(out.name + ".flags"), {k: v for k, v in vars(args).items() if k not in free}
-        begun = out.exists() or [*out.parent.glob(out.name + ".votes*"), *out.parent.glob(out.name + ".part*")]
+        begun = out.exists() or beside(out, ".votes*") or beside(out, ".part*")
         with parser:
             was = json.loads(file.read_text()) if begun and args.resume and file.exists() else now
             for k in (k for k in now if k in was and was[k] != now[k]):

@@ -412,7 +412,8 @@ def main(argv=None):
             shown.add(domain)
         return rows
     shown = set()
-    rows = journaled(args.out, problems, make, chunk=args.concurrent, resume=args.resume)
+    with parser:
+        rows = journaled(args.out, problems, make, chunk=args.concurrent, resume=args.resume)
     if rank == 0 and not args.question:
         summary = report(rows, args)
         if args.json:

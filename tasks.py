@@ -426,7 +426,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
             problem = (own_row if own else make)(row, len(problems))
             if not problem.question.strip():
                 raise ValueError("empty question")
-            if problem.id == str(len(problems)):  # a row without an id: its number alone would be in other tasks, too
+            if not own and problem.id == str(len(problems)):  # no id: its number alone would be in other tasks, too
                 problem.id = f"{task}-{problem.id}"
         except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError, zlib.error,
                 EOFError, pickle.UnpicklingError) as e:

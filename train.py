@@ -42,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from prm_model import load_prm
+from prm_model import load_prm, metrics
 from rows import FORMATS, command_line, distributed, gather, load_data, read_rows, split, take_out, write_rows
 
 TINY = Path(__file__).parent / "tiny"
@@ -114,34 +114,6 @@ def prm_loss(logits_M, labels_M):
     Not a mean: ranks and micro-batches hold different M, and the loop divides once, by the M of the whole step.
     """
     return F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="sum"), len(labels_M)
-
-
-def auc_pairs(p, right):
-    """(U, pairs): of all pairs of a right and a wrong step, how many rank the right one higher (ties count half)."""
-    n1, n0 = int(right.sum()), int((~right).sum())
-    _, inverse, counts = p.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # from 1, ties share their mean rank
-    return float(ranks[right].sum()) - n1 * (n1 + 1) / 2, n1 * n0
-
-
-def metrics(logits_M, labels_M, steps_M):
-    """Validation figures of all steps of all ranks together; "right" is a label of 0.5 or more, in all but the loss,
-    Brier score and calibration error, which take soft labels as they are.
-
-    auc_within compares steps at the same place t only (pairs pooled over t): a PRM that merely learnt that later steps
-    are worse gets 0.5 there. f1_wrong: F1 of the wrong class at p < 0.5. ece: 15 equal bins.
-    """
-    p, y, right = logits_M.double().sigmoid(), labels_M.double(), labels_M >= 0.5
-    wrong, said = ~right, p < 0.5
-    u, pairs = auc_pairs(p, right)
-    u_within, pairs_within = map(sum, zip(*(auc_pairs(p[steps_M == t], right[steps_M == t]) for t in steps_M.unique())))
-    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, (p * 15).long().clamp(max=14), p - y)
-    return {"loss": float(prm_loss(logits_M.double(), y)[0]) / len(p),
-            "accuracy": float((said == wrong).double().mean()),
-            "auc": u / pairs if pairs else None, "auc_within": u_within / pairs_within if pairs_within else None,
-            "f1_wrong": 2 * int((wrong & said).sum()) / max(1, int(wrong.sum() + said.sum())),
-            "brier": float(((p - y) ** 2).mean()), "ece": float(gaps.abs().sum()) / len(p),
-            "steps": len(p), "right": float(right.double().mean())}
 
 
 @torch.no_grad()

@@ -30,9 +30,8 @@ import search  # noqa: E402
 import tasks  # noqa: E402
 from evaluate import interval, paired  # noqa: E402
 from policy import load_policy_flags  # noqa: E402
-from prm_model import load_prm  # noqa: E402
+from prm_model import auc_pairs, load_prm  # noqa: E402
 from tiny import world  # noqa: E402
-from train import auc_pairs  # noqa: E402
 
 
 class Truth:
