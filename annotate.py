@@ -2,8 +2,10 @@
 
     python annotate.py                                                   # the tiny world and its three LLMs
     python annotate.py --limit 2000 --samples 4 --split train --out rows.jsonl       # rows for train.py
-    torchrun --nproc_per_node=8 annotate.py --policies A B C --task gsm8k --split train --out rows.jsonl --resume
-    python annotate.py --data phase2_train.jsonl math-shepherd.jsonl --task math500 --vote-labels --out aslaf.jsonl
+    torchrun --nproc_per_node=8 annotate.py --policies A B C --task gsm8k --split train --limit 7473 \\
+        --out rows.jsonl --resume
+    python annotate.py --data phase2_train.jsonl math-shepherd.jsonl --limit 400000 --task math500 --vote-labels \\
+        --out aslaf.jsonl
 
 1. Tasks      problems of tasks.py, and solutions of them: sampled from an LLM (--sampler), or existing rows (--data).
 2. Labels     the value of a prefix x_1..x_t is the share of k rollouts from it that end right (Monte-Carlo estimate);
@@ -199,7 +201,8 @@ def fleiss_kappa(table):
 # ---------------------------------------------------------------- from problems to rows
 
 def annotate(jobs, voters, judge, args):
-    """jobs: [(problem, [(id, steps, end, source, own first error)])] -> one record a solution (see the top)."""
+    """jobs: [(problem, [(id, steps, end, source, own first error)])] -> one record a solution (see the top). end: as
+    Node.end, or "given" for a solution of --data, which may break off before its answer."""
     records, todo = [], []
     judged = iter(tasks.judge_many([(p, args.join.join(steps)) for p, solutions in jobs for _, steps, *_ in solutions]))
     for problem, solutions in jobs:
@@ -348,7 +351,6 @@ def parse(argv):
         parser.error(f"--consensus: all, majority, or 1 to {voters}, not {args.consensus}")
     if args.labels == "soft" and (args.search != "linear" or args.stop == "hard"):
         parser.error("--labels soft needs every value: --search linear --stop none (or soft)")
-    same_flags(parser, args)
     return parser, args
 
 
@@ -359,9 +361,10 @@ def main(argv=None):
     with parser:
         jobs = collect(args)
         voters = {}
-        for path in args.policies:
+        for i, path in enumerate(args.policies):
             name = next(x for x in (Path(path).name, path, *(f"{path}#{n}" for n in range(2, 99))) if x not in voters)
-            voters[name] = load_policy_flags(args, device, path)
+            again = args.policies[:i].count(path)  # the same LLM twice: other rollouts, or it would agree with itself
+            voters[name] = load_policy_flags(args, device, path, seed=f"{args.seed}#{again}" if again else args.seed)
         sampler = next(iter(voters.values()))
         if args.sampler or args.sampler_temperature is not None:
             heat = args.temperature if args.sampler_temperature is None else args.sampler_temperature
@@ -381,6 +384,7 @@ def main(argv=None):
                                        for i, end in enumerate(next(groups))]) for p, given in some],
                         voters, judge, args)
     with parser:
+        same_flags(parser, args)
         records = journaled(f"{args.out}.votes" if args.out else None, jobs, make, names, args.concurrent, args.resume)
     if rank == 0:
         if args.balance:

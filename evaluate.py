@@ -1,8 +1,8 @@
-"""Metrics, tables and figures: §3.2 (prm@N, maj@N, pass@N, erroneous steps) and §4 (Figures 1-7, Table 1).
+"""Metrics, tables and figures: §3.2 (prm@N, maj@N, pass@N, erroneous steps) and §4 (Figures 1-6, Table 1).
 
     python evaluate.py                                                    # the tiny world: prm@N, maj@N, pass@N
     python evaluate.py --samples samples.jsonl [--score --prm runs/prm]        # anybody's sample rows (format: rows.py)
-    python evaluate.py --first-error processbench --data gsm8k.json --prm runs/prm
+    python evaluate.py --first-error processbench --data gsm8k.json --limit 400 --prm runs/prm
     python evaluate.py --exhibit fig4 --limit 500 --seeds 0 1 2           # a figure: PNG, SVG, JSONL and Markdown
     torchrun --nproc_per_node=8 evaluate.py --policy Qwen/Qwen2.5-Coder-7B-Instruct --prm runs/prm \\
         --task humaneval+ --strategies best_of_n majority --N 8 --out runs/eval
@@ -13,15 +13,15 @@
            fig4  accuracy against generated tokens, fig5 against seconds, for the four strategies
            fig6  a solution with a self-correction, scored (Figures 6 and 8)
            curves  losses and validation figures     --prms runs/prm
-           table1  --policies A=... B=... x majority, --prms Math=... Code=... on code tasks
+           table1  --task tiny-code --policies A=... B=... x majority, --prms Code=... Math=... (minus the first)
 
 prm@N      is the sample with the highest aggregated score right?  maj@N: is the most frequent answer?  wmaj@N: the same
            with each vote weighed by its score.  pass@N: is any sample?  All from one pool of --n samples a problem,
            --subset average (over all subsets of N; for the votes, over 64 random ones) or first (the first N).
 interval   95 % percentile bootstrap over problems, and over training runs of a PRM where --prms has several with one
            label. Differences are paired over problems, z in standard errors.
---json     {"settings": ..., "metrics": {name: {N: {"value", "low", "high"}}}, "paired": [...], "cost": {...}},
-           "first_error": {...} or "points": [...], as asked for.
+--json     {"settings": ..., "metrics": {domain: {name: {N: {"value", "low", "high"}}, "paired": [...]}}, "beam" and
+           "mcts": {domain: {...}}, "cost": {strategy: {...}}}, or beside settings "first_error" or "points" alone.
 
 Samples, scores and searches are kept in --out, one file for each setting: what is done is not done again.
 """
@@ -32,7 +32,7 @@ import json
 import math
 import random
 import statistics
-from functools import cache, cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -219,8 +219,9 @@ class Bench:
     def __init__(self, args):
         self.args, self.out, self.made = args, Path(args.out), set()
         self.rank, _, device = distributed(args.device)
-        self.policy = cache(lambda path: load_policy_flags(args, device, path))
-        self.prm = cache(lambda path: load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens))
+        # one of each at a time: an exhibit goes through dozens of PRMs, one after the other
+        self.policy = lru_cache(1)(lambda path: load_policy_flags(args, device, path))
+        self.prm = lru_cache(1)(lambda path: load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens))
 
     @cached_property
     def problems(self):
@@ -552,10 +553,11 @@ def parse(argv):
     a = parser.add_argument
     a("--exhibit", choices=EXHIBITS)
     a("--samples", help="sample rows to evaluate instead of sampling")
-    a("--score", action="store_true", help="score --samples that have no scores with --prm")
+    a("--score", action="store_true", help="score all --samples with --prm, if any has no scores")
     a("--first-error", metavar="SET", help="processbench, or stepwise rows: erroneous step identification")
     a("--format", choices=["auto", "stepwise", "prm800k", "math-shepherd"], default="auto", help="of --first-error")
-    a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"])
+    a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"],
+      help="beam and mcts are run, too; the others come from the pool of samples in any case")
     a("--subset", choices=["average", "first"], default="average", help="which N of the samples")
     a("--prms", nargs="+", default=[], help="exhibits: LABEL=FOLDER ...; one label may have several training runs")
     a("--policies", nargs="+", default=[f"{x}={TINY / x}" for x in "ABC"], help="table1: LABEL=FOLDER of the LLMs")
@@ -575,6 +577,8 @@ def parse(argv):
         parser.error("--widths: KxM, as in 4x4")
     if args.exhibit in ("curves", "fig1", "fig2", "fig3", "table1") and not args.prms:
         parser.error(f"--exhibit {args.exhibit} needs --prms LABEL=FOLDER ... (recipes/tiny.sh trains them)")
+    if len(args.prm) > 1:
+        parser.error("--prm takes one PRM here: search.py combines several (--combine), exhibits compare them (--prms)")
     return parser, args
 
 

@@ -5,8 +5,9 @@ values of its own tokens only; a batch is put together by concatenating them alo
 once however many samples are drawn from it, a prefix shared by two nodes is computed once, and beams that are dropped
 or branch again need no copying rules. The PRM (prm_model.py) uses the same cache for its own keys and values.
 
-Any Hugging Face causal LM will do: a local folder or a hub id; or a server that speaks OpenAI's /v1/completions
-(vLLM, SGLang, llama.cpp, `transformers serve`), which shares prefixes by itself.
+Any Hugging Face causal LM with Llama-like attention will do (num_key_value_heads in its config, full attention in every
+layer): a local folder or a hub id; or a server that speaks OpenAI's /v1/completions (vLLM, SGLang, llama.cpp,
+`transformers serve`), which shares prefixes by itself.
 
     policy = load_policy("tiny/A")
     root = policy.root("problem-7", "Ann has 7 shells. In January she finds 5. ...")
@@ -48,7 +49,7 @@ class Node:
     parent: "Node | None" = None
     ids: list = field(default_factory=list)    # the policy's tokens, separator included
     logp: float = 0.0               # log-probability of ids given the path, at temperature 1
-    end: str | None = None          # None: goes on. "eos" | "answer" | "length": how the solution ended
+    end: str | None = None          # None: goes on. "eos": end-of-text token; "answer": \boxed{}; "length": cut off
     key: int = 0                    # the node's own random stream: hash of (seed, problem id, sample indices)
     drawn: int = 0                  # children sampled so far: the next one has this sample index
     depth: int = 0                  # steps from the root
@@ -270,7 +271,7 @@ def sample(logits, keys, t, temperature, top_p):
             ordered[ordered.cumsum(-1) - ordered >= top_p] = 0
             probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
         mass = probs.cumsum(-1)
-        u = uniform(keys, t).float()[:, None] * mass[:, -1:]
+        u = uniform(keys, t).float().clamp(max=1 - 2 ** -24)[:, None] * mass[:, -1:]  # float32 may round it to 1
         tokens = torch.searchsorted(mass, u, right=True)[:, 0].clamp(max=probs.shape[-1] - 1)
     return tokens, logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
 
@@ -279,7 +280,7 @@ class Policy:
     """A causal LM that proposes steps. Counters (generated, prefilled, seconds) only ever grow."""
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0, max_step_tokens=512,
-                 max_steps=64, max_solution_tokens=2048, max_batch_tokens=65536, name="policy"):
+                 max_steps=40, max_solution_tokens=2048, max_batch_tokens=65536, name="policy"):
         model.set_attn_implementation("sdpa")  # the one that takes our masks
         self.lm, self.model, self.tokenizer = model, model.base_model, tokenizer
         self.separator, self.name = separator, name
@@ -292,9 +293,9 @@ class Policy:
         self.eos = torch.tensor(self.eos_ids, device=model.device)
         # Only a token with the separator's last character can complete it: all others need no look at their text.
         strings = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
-        newline = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
-        newline[[i for i, s in enumerate(strings) if separator[-1] in s]] = True
-        self.newline, self.newline_ids = newline.to(model.device), set(newline.nonzero()[:, 0].tolist())
+        closing = torch.zeros(max(model.config.vocab_size, len(strings)), dtype=torch.bool)
+        closing[[i for i, s in enumerate(strings) if separator[-1] in s]] = True
+        self.closing, self.closing_ids = closing.to(model.device), set(closing.nonzero()[:, 0].tolist())
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
         self.generated = self.prefilled = self.seconds = 0
 
@@ -367,7 +368,7 @@ class Policy:
             logps.append(logp)
             stop = torch.isin(token, self.eos) | (t == limit - 1) | (rows.position + 1 >= end[alive])
             if not whole:
-                maybe = (self.newline[token] & ~stop & (length == 0)).nonzero()[:, 0]
+                maybe = (self.closing[token] & ~stop & (length == 0)).nonzero()[:, 0]
                 if len(maybe):
                     texts = self.tokenizer.batch_decode(torch.stack(tokens, 1)[maybe].tolist())
                     stop[maybe] = torch.tensor([_step_end(x, self.separator) >= 0 for x in texts], device=device)
@@ -398,7 +399,7 @@ class Policy:
         """The sampled tokens as nodes below parent, one a step; returns the last."""
         self.generated += len(ids)
         ended = ids[-1] in self.eos_ids
-        spans = _split(ids, self.tokenizer, self.separator, self.newline_ids) if whole else [(0, len(ids))]
+        spans = _split(ids, self.tokenizer, self.separator, self.closing_ids) if whole else [(0, len(ids))]
         node = parent
         for i, (a, b) in enumerate(spans):
             text = self.tokenizer.decode(ids[a:b], skip_special_tokens=True).removesuffix(self.separator).strip("\n")
@@ -424,11 +425,11 @@ def _step_end(text, separator):
     return at
 
 
-def _split(ids, tokenizer, separator, newline):
-    """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped. newline: a set of ids."""
+def _split(ids, tokenizer, separator, closing):
+    """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped. closing: a set of ids."""
     spans, a = [], 0
     for b in range(1, len(ids) + 1):
-        if b == len(ids) or (ids[b - 1] in newline and _step_end(tokenizer.decode(ids[a:b]), separator) >= 0):
+        if b == len(ids) or (ids[b - 1] in closing and _step_end(tokenizer.decode(ids[a:b]), separator) >= 0):
             spans.append((a, b))
             a = b
     if len(spans) > 1 and not tokenizer.decode(ids[spans[-1][0]:], skip_special_tokens=True).strip():
@@ -446,7 +447,7 @@ class ServerPolicy:
     chat_tokenizer, if given, is only used to put the question into the model's chat template.
     """
     def __init__(self, url, model, chat_tokenizer=None, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=512, max_steps=64, max_solution_tokens=2048, retries=5):
+                 max_step_tokens=512, max_steps=40, max_solution_tokens=2048, retries=5):
         self.url, self.served, self.chat_tokenizer, self.separator = url.rstrip("/"), model, chat_tokenizer, separator
         self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
         self.max_step_tokens, self.max_steps, self.max_solution_tokens = max_step_tokens, max_steps, max_solution_tokens
@@ -609,12 +610,13 @@ def add_policy_flags(parser, default=None):
     a("--policy-model", help="the server's name of the model")
     a("--chat-tokenizer", help="of a chat model behind a server: folder or hub id, for its chat template")
     a("--separator", help="text between steps (default: what the folder says, else an empty line)")
-    a("--temperature", type=float, default=1.0)
-    a("--top-p", type=float, default=1.0)
-    a("--max-step-tokens", type=int, default=512)
-    a("--max-steps", type=int, default=40)
-    a("--max-solution-tokens", type=int, default=2048)
-    a("--max-batch-tokens", type=int, default=65536, help="padded tokens of one forward: lower it to save memory")
+    a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
+    a("--top-p", type=float, default=1.0, help="sample from the smallest set of tokens with this mass (1: all)")
+    a("--max-step-tokens", type=int, default=512, help="tokens of a step; a longer one ends the solution (512)")
+    a("--max-steps", type=int, default=40, help="steps of a solution (40)")
+    a("--max-solution-tokens", type=int, default=2048, help="tokens of a solution, without the prompt (2048)")
+    a("--max-batch-tokens", type=int, default=65536,
+      help="padded tokens of a batch, counting 256 new ones a row: lower it to save memory (65536)")
 
 
 def load_policy_flags(args, device, path=None, **keywords):

@@ -4,8 +4,8 @@ Given a problem Q and steps x_1 .. x_T it says p_t = PRM(Q, x_1, .., x_t), the p
 (Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state at the separator's last token, so
 one forward scores all steps of a solution. There is one encoder, used by training and by scoring alike.
 
-    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. In January she finds 5. How many now?" \
-                        --steps "January: 7+5=11" "Answer: 11"
+    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. In January she finds 5. How many now?" \\
+        --steps "January: 7+5=11" "Answer: 11"
     python prm_model.py --prm tiny/prm --file samples.jsonl        # sample rows or stepwise rows
 
 --prm takes a folder that train.py wrote, a published Qwen/Qwen2.5-Math-PRM-7B or -72B (their two output classes are
@@ -109,7 +109,7 @@ class PRM(nn.Module):
 
     @torch.inference_mode()
     def score_nodes(self, leaves):
-        """p_t of the steps on the paths to `leaves` that have none yet -> (paths' nodes newly scored: {node: p}).
+        """Score every step on the paths to `leaves` that this PRM has not scored -> {node: p_t in [0, 1]}.
 
         Uses the tree cache of policy.py: each token of each prefix is encoded once in the life of the tree.
         """

@@ -1,5 +1,7 @@
 """Rows on disk, and who writes which: the JSONL formats that the scripts share, and how they survive kills and ranks.
-At the end of the file: stepwise rows out of files, hub sets and the original schemas of PRM800K and Math-Shepherd.
+Also what all scripts share: ranks (distributed, gather), the command line whose errors are one line (command_line), and
+flags that mean the same everywhere (add_run_flags, same_flags). At the end of the file: stepwise rows out of files, hub
+sets and the original schemas of PRM800K and Math-Shepherd.
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
     {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id, domain, source,
@@ -7,6 +9,9 @@ Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets loa
 Sample rows (search.py and evaluate.py write and read; other projects' outputs convert in a few lines):
     {"id", "domain", "question", "answer" or "tests", "picked": int, "cost": {...},
      "samples": [{"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool, "tokens": int}]}
+    and of each sample optionally "end": "eos", "answer", or "length" (cut off: ranks below all others). search.py adds
+    "strategy", "vote" (index that the vote picks), "curve" ([tokens, seconds, sample] whenever the best answer changed:
+    Figures 4 and 5), "overshoot" (tokens) and "compared"
 """
 import argparse
 import atexit
@@ -106,7 +111,12 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
         files = [f for f in [out, *beside(out, ".part*")] if f.exists()]
         for file in files if resume else ():
             lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # one cut off by a kill was not finished
-            done |= {row["id"]: row for row in map(json.loads, lines)}
+            for n, line in enumerate(lines, 1):
+                try:
+                    row = json.loads(line)
+                    done[row["id"]] = row
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{file}:{n}: not a row that --resume could keep ({error!r})") from error
         gather("a barrier: every rank has read before anyone writes")
         if rank == 0 and files:
             write_rows(out, done.values())
@@ -165,7 +175,7 @@ def command_line(description):
 def add_run_flags(parser, limit=None):
     """The flags that mean the same in every script."""
     a = parser.add_argument
-    a("--limit", type=int, default=limit, help=f"problems or rows to use ({limit or 'all'})")
+    a("--limit", type=int, default=limit, help=f"problems, or rows of each file ({limit}: raise it for a whole set)")
     a("--seed", type=int, default=0)
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, float32 elsewhere")
@@ -175,13 +185,19 @@ def add_run_flags(parser, limit=None):
     a("--json", help="write the summary here, too")
 
 
+def need_folder(parser, args, *names):
+    """Exit with one line where the file that a flag names could not be written after all the work."""
+    for name in names:
+        if (file := getattr(args, name)) and not Path(file).absolute().parent.is_dir():
+            parser.error(f"--{name} {file}: no such folder")
+
+
 def check_run_flags(parser, args, *positive):
     """Exit with one line when a flag named in `positive` is not, or --out is taken."""
     for name in ("limit", *positive):
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    if args.json and not Path(args.json).absolute().parent.is_dir():
-        parser.error(f"--json {args.json}: no such folder")
+    need_folder(parser, args, "json")
     if args.out and not (args.resume or args.overwrite):
         out = Path(args.out)  # a run that was killed leaves out.part0, or out.votes.part0
         for file in (out, *beside(out, ".votes*"), *beside(out, ".part*")):

@@ -1,12 +1,13 @@
 """The four search strategies of §4.2 and Appendices B.4, C and D: best-of-N, beam search, MCTS, majority voting.
 
     python search.py --strategy beam                                     # the tiny world, shipped with this repository
-    python search.py --strategy mcts --task tiny-code --tokens 2000      # at most 2,000 generated tokens a problem
-    python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In February \
-        she doubles them. In March she loses 9. In April she finds 6. In May she loses 4. How many now?"
-    python search.py --strategy best_of_n --task math500 --policy Qwen/Qwen2.5-7B-Instruct \
-                     --prm Qwen/Qwen2.5-Math-PRM-7B
-    torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --policy ... --prm ... --out beam.jsonl
+    python search.py --strategy mcts --task tiny-code --tokens 2000      # stops a problem after 2,000 generated tokens
+    python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In February she doubles \\
+them. In March she loses 9. In April she finds 6. In May she loses 4. How many now?"
+    python search.py --strategy best_of_n --task math500 --limit 500 --policy Qwen/Qwen2.5-7B-Instruct \\
+        --prm Qwen/Qwen2.5-Math-PRM-7B
+    torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --limit 1319 --policy ... --prm ... \\
+        --out beam.jsonl
 
 Each strategy is a generator: it yields a Request ("expand these nodes into n steps each", or to the end) and is sent
 the new nodes, with node.p set to the PRM's probability that the step is correct. `drive` advances the searches of many
@@ -44,8 +45,9 @@ class Request:
 def best_of_n(root, n, left, **_):
     """N whole solutions; the one with the highest reward R_i wins (B.4.1), which pick() decides.
 
-    left() is the number of tokens that may still be generated. Under a budget the samples come in rounds, each as
-    large as the longest solution so far lets it be: the first is one sample.
+    left() is the number of tokens that may still be generated. Under a budget of tokens the samples come in rounds,
+    each as large as the longest solution so far lets it be: the first is one sample. A budget of seconds is not seen
+    here: all N are one call.
     """
     drawn, longest = 0, math.inf
     while drawn < n:
@@ -135,7 +137,8 @@ def merge(steps):
 
 
 def unsure(steps):
-    """No sampled step is surely right, or the PRMs disagree about the best: worth more breadth (Appendix D.2)."""
+    """No sampled step is surely right (p >= 0.8), or the PRMs differ by more than 0.2 on the best: worth more breadth.
+    Appendix D.2 asks for that and names no thresholds; these are ours, not tuned."""
     best = max(steps, key=lambda s: s.p)
     return best.p < 0.8 or max(best.scores) - min(best.scores) > 0.2
 
@@ -370,8 +373,9 @@ def parse(argv):
     parser = command_line(__doc__)
     a = parser.add_argument
     a("--strategy", required=True, choices=STRATEGIES)
-    a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
-    a("--seconds", type=float, default=math.inf, help="budget: seconds a problem")
+    a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem, checked before each call")
+    a("--seconds", type=float, default=math.inf,
+      help="budget: seconds a problem (its share of the batches), checked before each call; best-of-N is one call")
     a("--question", help="your own question")
     a("--domain", choices=["math", "code"], default="math", help="of --question")
     add_search_flags(parser)
@@ -383,7 +387,6 @@ def parse(argv):
         parser.error("--aggregate sum is not in [0, 1], which UCT needs: take last, min, prod or mean")
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
-    same_flags(parser, args)
     return parser, args
 
 
@@ -413,6 +416,7 @@ def main(argv=None):
         return rows
     shown = set()
     with parser:
+        same_flags(parser, args)
         rows = journaled(args.out, problems, make, chunk=args.concurrent, resume=args.resume)
     if rank == 0 and not args.question:
         summary = report(rows, args)

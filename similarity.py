@@ -41,7 +41,7 @@ from tqdm import tqdm
 import tasks
 from policy import add_policy_flags, chat_prompt, load_policy, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, load_prm
-from rows import command_line, distributed, gather, read_rows
+from rows import command_line, distributed, gather, need_folder, read_rows
 
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]
 PAIRS = [(1, 3), (1, 2), (0, 3), (0, 2)]  # in the order of Table 2
@@ -143,7 +143,8 @@ def accumulate(reference, items, sets, rank=0, world=1, device=None):
 
 
 def products(sums, spans):
-    """{"MLP 3": (K, K) dot products of the sets' vectors over the MLP's weights in layer 3, ...}, which add up to S."""
+    """{"MLP 3": (K, K) dot products of the sets' vectors over the MLP's weights in layer 3, ...}, whose sum is
+    S before it is divided by the sets' sizes and multiplied by 100."""
     found = {}
     for name, (_, a, b) in spans.items():
         layer, kind = re.search(r"\.\d+\.", name), next((KINDS[k] for k in KINDS if k in name), "other")
@@ -317,6 +318,7 @@ def main(argv=None):
         parser.error("--sets takes 1, 2 or 4 files, and needs --model")
     if min(args.n, args.sketch - 1, 1 if args.limit is None else args.limit) < 1:
         parser.error("--n and --limit are at least 1, --sketch 2")
+    need_folder(parser, args, "json", "plot")
     rank, world, device = distributed(args.device)
     with parser:
         F = load_policy(args.model or args.policy, device, args.dtype)

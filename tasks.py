@@ -415,6 +415,8 @@ def load(task, data=None, split=None, limit=None, seed=0):
     else:
         from tiny import world
 
+        if split not in world.STEPS:
+            raise ValueError(f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
         made = world.problems(task.removeprefix("tiny-"), split=split, n=100 if limit is None else limit, seed=seed)
         rows = ((f"{task}:{n}", row) for n, row in enumerate(made, 1))
     problems, seen = [], set()
@@ -467,10 +469,8 @@ def main(argv=None):
     parser.add_argument("--limit", type=int, help="the first so many problems only")
     parser.add_argument("--seed", type=int, default=0, help="of the tiny world's problems")
     args = parser.parse_args(argv)
-    try:
+    with parser:
         problems = load(args.task, args.data, args.split, args.limit, args.seed)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     for p in problems[:2]:
         print(f"[{p.id}] {p.question.strip()}\n  -> {p.answer if p.domain == 'math' else str(p.tests)[:300]}\n")
     start = time.monotonic()

@@ -5,10 +5,10 @@
     torchrun --nproc_per_node=8 train.py --data a.jsonl:0.5 b.jsonl:0.5 --model Qwen/Qwen2.5-7B --batch-tokens 16384 \\
         --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm          # add --fsdp from 14B on
 
---out becomes the PRM itself (`--prm runs/prm` of the other scripts): always the best one so far by validation. Beside
-it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them) and, until
-the run has ended, checkpoint-STEP (weights, moments, counters), from which --resume goes on with the very losses of a
-run that was never stopped.
+--out becomes the PRM itself (`--prm runs/prm` of the other scripts): always the best one so far by validation loss.
+Beside it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them)
+and, until the run has ended, checkpoint-STEP (weights, moments, counters), from which --resume goes on with the very
+losses of a run that was never stopped.
 
 One optimizer step is --accumulate micro-batches on each rank; a micro-batch is at most --batch-size rows and at most
 --batch-tokens tokens, padding included. All randomness is a function of (--seed, epoch, number of the micro-batch):
@@ -47,7 +47,8 @@ from rows import FORMATS, command_line, distributed, gather, load_data, read_row
 
 TINY = Path(__file__).parent / "tiny"
 PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16 FLOP/s
-FREE = ("out", "resume", "overwrite", "device", "accumulate")  # may change at --resume
+# What may change at --resume; of accumulate, its product with the number of ranks may not: settings["group"].
+FREE = ("out", "resume", "overwrite", "device", "accumulate")
 
 # One encoded solution. steps: which step (from 0) each label belongs to; where: file:line, for messages.
 Row = namedtuple("Row", "ids positions labels steps where")
@@ -107,7 +108,7 @@ def get_batch(data, rows, device):
 # ---------------------------------------------------------------- loss and validation
 
 def prm_loss(logits_M, labels_M):
-    """Step-level binary cross-entropy, Eq. 2 -> (sum over the M labelled steps, M).
+    """Step-level binary cross-entropy, Eq. 2 before its division by N, here M -> (sum over M labelled steps, M).
 
         - [y log p + (1 - y) log(1 - p)],  p = sigmoid(logit),  y in [0, 1]: soft labels are used as they are
 
@@ -118,7 +119,8 @@ def prm_loss(logits_M, labels_M):
 
 @torch.no_grad()
 def evaluate(model, data, batches, device, autocast):
-    """metrics() over the batches of all ranks: each step's logit, label and place are gathered, no histograms."""
+    """metrics() over the batches of all ranks. Every step's logit, label and place are gathered: the AUC of all steps
+    is no mean of the ranks' AUCs."""
     model.eval()
     found = []
     for rows in batches:

@@ -33,7 +33,7 @@ run train ranks train.py --data "$RUN/rows.jsonl" --model "$BASE" --out "$RUN/pr
   --lr-head "$LRHEAD" --val-fraction "$VALIDATION" --batch-tokens "$BATCH" --eval-every 20 --dtype "$DTYPE" \
   $TRAINING --resume
 # §3.2: does it find the first wrong step of other models' solutions?
-run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$ERRORS"} --prm "$RUN/prm" \
+run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$ERRORS"} --limit 400 --prm "$RUN/prm" \
   --dtype "$DTYPE" --out "$RUN/first-error" --json "$RUN/first-error.json"
 # §4.2 on math, and §4.3 on code: the PRM has seen none
 compare() {  # compare NAME TASK FILE POLICY

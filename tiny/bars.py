@@ -1,6 +1,6 @@
 """Is the tiny world honest? Measure its policy, its PRM and the search strategies on held-out problems.
 
-    python tiny/bars.py                            # 500 problems of each domain; about 20 minutes on two cores
+    python tiny/bars.py                            # 500 problems of each domain; some 40 minutes on one core
     python tiny/bars.py --limit 50 --strategies beam mcts
     python tiny/bars.py --prm truth                # the world's own grading in the PRM's place: what search alone loses
 
@@ -31,6 +31,7 @@ import tasks  # noqa: E402
 from evaluate import interval, paired  # noqa: E402
 from policy import load_policy_flags  # noqa: E402
 from prm_model import auc_pairs, load_prm  # noqa: E402
+from rows import command_line, need_folder  # noqa: E402
 from tiny import world  # noqa: E402
 
 
@@ -133,7 +134,7 @@ def measure(domain, args, flags, policy, prms):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__)
     parser.add_argument("--limit", type=int, default=500, help="problems of each domain (500)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--strategies", nargs="*", default=["beam", "mcts"], choices=["beam", "mcts"])
@@ -141,8 +142,10 @@ def main(argv=None):
     parser.add_argument("--json", help="write the figures here")
     args, rest = parser.parse_known_args(argv)  # what is left are flags of search.py
     _, flags = search.parse(["--strategy", "beam", "--seed", str(args.seed), *rest])
-    policy = load_policy_flags(flags, "cpu")
-    prms = [Truth() if p == "truth" else load_prm(p) for p in flags.prm]
+    need_folder(parser, args, "json")
+    with parser:
+        policy = load_policy_flags(flags, "cpu")
+        prms = [Truth() if p == "truth" else load_prm(p) for p in flags.prm]
     print(f"{torch.get_num_threads()} threads; policy {flags.policy}, PRM {' '.join(flags.prm)}")
     found = {domain: measure(domain, args, flags, policy, prms) for domain in args.domains}
     if args.json:

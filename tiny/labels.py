@@ -9,8 +9,8 @@ label noise   share of step labels that are wrong, where a step's label is "befo
 position      share of solutions in which the first wrong step is another one than the true one (or none)
 kept          share of the solutions voted on that the consensus keeps; its noise is that of what it keeps
 
-± is half a 95 % bootstrap interval over problems. --searches runs the linear scan without early stopping, the binary
-search without, and the binary search with it, by one LLM (--policy) on the same solutions.
+± is half a 95 % bootstrap interval over problems. --searches runs the linear scan and the binary search without early
+stopping, the binary search with it, and that with its neighbours verified, by one LLM (--policy) on the same solutions.
 
 --write makes rows-X.jsonl with X the labels of one LLM, of the consensus, or the truth: all of one size, as Table 3 of
 the paper has it; and of the consensus rows-math.jsonl and rows-code.jsonl, of one size too.
@@ -28,7 +28,7 @@ import annotate  # noqa: E402
 import tasks  # noqa: E402
 from evaluate import interval  # noqa: E402
 from policy import load_policy  # noqa: E402
-from rows import command_line, read_rows  # noqa: E402
+from rows import command_line, need_folder, read_rows  # noqa: E402
 from tiny import world  # noqa: E402
 
 
@@ -171,6 +171,7 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the rollouts of --searches")
     parser.add_argument("--json", help="write the figures here")
     args = parser.parse_args(argv)
+    need_folder(parser, args, "json")
     try:
         records = [r for _, r in read_rows(args.votes)]
         problems = world_problems(records)
