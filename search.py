@@ -86,16 +86,19 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
     """Monte Carlo tree search (B.4.3). Node.p and rollouts are valued by the PRM alone, never by the right answer.
 
     N[s]  visits;  Q[s]  mean value backed up through s;  children[s]  its sampled steps, duplicates merged;  drawn[s]
-    how many were sampled. A node is closed when nothing below it is left to try: selection passes it by. An LLM's
-    actions cannot be listed: when the root is closed, every node may draw M more (progressive widening: Coulom 2007,
-    https://inria.hal.science/inria-00149266).
+    how many were sampled. An LLM's actions cannot be listed, and M first steps may all be wrong: a node draws M more at
+    each square number of visits (progressive widening: Coulom 2007, https://inria.hal.science/inria-00149266). It is
+    closed when nothing below it is left to try: selection passes it by. When the root is closed, all may draw M more.
     """
-    N, Q, drawn, children, closed, allowed = Counter(), defaultdict(float), Counter(), {}, set(), m
+    N, Q, drawn, children, closed, extra = Counter(), defaultdict(float), Counter(), {}, set(), 0
+
+    def allowed(s):
+        return extra + m * math.isqrt(max(1, N[s]))
     while N[root] < simulations:
         if root in closed:
-            closed, allowed = {s for s in closed if s.end}, allowed + m
+            closed, extra = {s for s in closed if s.end}, extra + m
         path = [root]                                                       # 1. selection
-        while path[-1] in children and drawn[path[-1]] >= allowed:
+        while path[-1] in children and drawn[path[-1]] >= allowed(path[-1]):
             path.append(uct_select(path[-1], [s for s in children[path[-1]] if s not in closed], N, Q, c))
         leaf = path[-1]
         if leaf.end is None and (leaf is root or N[leaf]):                  # 2. expansion of a node seen before
@@ -114,7 +117,7 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
             N[node] += 1
             Q[node] += (value - Q[node]) / N[node]
         for node in reversed(path):
-            if node.end or (drawn[node] >= allowed and all(s in closed for s in children[node])):
+            if node.end or (drawn[node] >= allowed(node) and all(s in closed for s in children[node])):
                 closed.add(node)
     return N, children
 

@@ -131,6 +131,10 @@ def test_mcts_widens_where_it_visits():
     late = {"": [("a", 0.1, True)] * 3 + [("b", 0.9, True)]}
     found = [run(mcts, late, m=3, simulations=n, c=1.0) for n in (1, 2)]
     assert [(s.spent, best) for s, best in found] == [(3, "a"), (6, "b")]
+    # The same where the bad steps lead on and on and nothing is ever used up: at the fourth visit M more are drawn.
+    late = {"": [("a", 0.5, False)] * 3 + [("b", 0.9, False)], "b": [("y", 0.9, True)],
+            **{"a" * n: [("a", 0.5, n > 20)] for n in range(1, 23)}}
+    assert [run(mcts, late, m=3, simulations=n, c=1.0)[1][0] for n in (4, 5)] == ["a", "b"]
 
 
 @pytest.mark.parametrize("strategy, options", [(best_of_n, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
