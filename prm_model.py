@@ -255,7 +255,8 @@ def metrics(logits_M, labels_M, steps_M):
 # ---------------------------------------------------------------- Figures 6 and 8: a scored solution
 
 def coloured(step, p):
-    """A step and its p_t, from red (0) to green (1)."""
+    """A step and its p_t, from red (0) to green (1); further lines of the step stand below its first."""
+    step = step.replace("\n", "\n" + " " * 7)
     if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
         return f"{p:.3f}  {step}"
     red, green = round(255 * min(1, 2 - 2 * p)), round(255 * min(1, 2 * p))

@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
+from textwrap import indent
 
 from tqdm import tqdm
 
@@ -313,10 +314,10 @@ def show(search, row):
         return print("no solution was finished")
     path = search.found[row["picked"]][2].path()
     for node in path:
-        print("  " + coloured(node.text, node.p))
+        print(indent(coloured(node.text, node.p), "  "))
         others = {n.text: n for n in search.tried if n.parent is node.parent and n.text != node.text}
         for other in sorted(others.values(), key=lambda n: -n.p)[:3]:
-            print("      | " + coloured(other.text, other.p))
+            print(indent(coloured(other.text, other.p), "      | "))
     known = row.get("answer") is not None or row.get("tests")  # not of one's own --question
     print("  -> " + ("" if not known else "right, " if row["samples"][row["picked"]]["correct"] else "wrong, ")
           + f"{row['cost']['policy_generated']} tokens generated, {len(search.tried)} nodes in the tree\n")
