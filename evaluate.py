@@ -346,14 +346,14 @@ def fig2(bench, args):
     """Accuracy of prm@N, and validation AUC, against the PRM's training steps."""
     pool, points = bench.run("best_of_n", args.policy, n=args.n), []
     for label, (path, *_) in named(args.prms).items():
-        snapshots = sorted(Path(path).glob("step-*"))
+        of, snapshots = f" of {label}" if len(named(args.prms)) > 1 else "", sorted(Path(path).glob("step-*"))
         if not snapshots:
             raise ValueError(f"{path} has no snapshots: train it with --snapshots")
         for folder in snapshots:
             for domain, rows in by_domain(bench.scored(pool, args.policy, str(folder))).items():
-                points.append(point(f"{domain}, prm@{args.n}", int(folder.name[5:]),
+                points.append(point(f"{domain}, prm@{args.n}{of}", int(folder.name[5:]),
                                     [prm_at(r, args.n, how=args.aggregate) for r in rows], prm=label))
-        points += [exact("validation: step AUC", e["step"], e["auc"], problems=None, prm=label)
+        points += [exact(f"validation: step AUC{of}", e["step"], e["auc"], problems=None, prm=label)
                    for e in training_log(path).get("eval", []) if e["auc"] is not None]
     return points, "training steps of the PRM", "accuracy", "symlog"
 

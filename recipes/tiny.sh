@@ -22,7 +22,7 @@ else
   : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${RUNS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
 fi
 set -- $RUNS
-stages=$((10 + 9 * $#))
+stages=$((11 + 9 * $#))
 . recipes/stages.sh
 train() {  # train NAME ROWS BACKBONE [flags]: one PRM for each seed of RUNS; 64 rows a step, whatever PROCESSES
   local name=$1 data=$2 backbone=$3 seed
@@ -49,6 +49,7 @@ run labels $PYTHON tiny/labels.py --votes "$RUN/aslaf.jsonl.votes" --write "$RUN
 # §2.2: PRMs of four sizes, of three label sets, of one domain each
 for size in xs s m; do train $size "$RUN/rows-consensus.jsonl" "$MODELS/$size"; done
 train l "$RUN/rows-consensus.jsonl" "$MODELS/l" --snapshots
+RUNS=${RUNS%% *} train policy "$RUN/rows-consensus.jsonl" "$A" --snapshots  # has hardly seen corrections
 for set in A B truth math code; do train "$set" "$RUN/rows-$set.jsonl" "$MODELS/l"; done
 
 # §4: the figures and tables
@@ -60,7 +61,8 @@ evaluate() {  # evaluate EXHIBIT flags
 }
 best=$RUN/prm-l-${RUNS%% *}
 evaluate fig1 --prms $(of xs xs) $(of s s) $(of m m) $(of l l)
-evaluate fig2 --prms "$best" --limit "$((LIMIT / 4))"  # a PRM for each evaluation of the training: fewer problems
+# a PRM for each evaluation of the training: fewer problems
+evaluate fig2 --prms l="$best" A="$RUN/prm-policy-${RUNS%% *}" --limit "$((LIMIT / 4))"
 evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth)
 evaluate fig4 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
 evaluate fig5 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
