@@ -95,6 +95,7 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
 
     def allowed(s):
         return extra + m * math.isqrt(max(1, N[s]))
+
     while N[root] < simulations:
         if root in closed:
             closed, extra = {s for s in closed if s.end}, extra + m
@@ -108,12 +109,10 @@ def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, ad
             steps = merge(children.get(leaf, []) + steps)
             children[leaf] = [s for s in steps if s.p >= prune] or steps
             path.append(uct_select(leaf, [s for s in children[leaf] if s not in closed] or children[leaf], N, Q, c))
-        leaf = path[-1]
-        if leaf.end is None and simulate == "rollout":                      # 3. simulation
-            [[end]] = yield Request([leaf], 1, whole=True)
-            value = reward(end)
-        else:
-            value = reward(leaf)
+        end = path[-1]
+        if end.end is None and simulate == "rollout":                       # 3. simulation
+            [[end]] = yield Request([end], 1, whole=True)
+        value = 0.0 if end.end == "length" else reward(end)                 # cut off: it answers nothing
         for node in path:                                                   # 4. backpropagation
             N[node] += 1
             Q[node] += (value - Q[node]) / N[node]

@@ -26,7 +26,7 @@ class Script:
     def step(self, node, i):
         options = self.tree["".join(node.steps())]
         text, p, ends = options[i % len(options)]
-        new = Node(text, node, ids=[0], end="eos" if ends else None, depth=node.depth + 1)
+        new = Node(text, node, ids=[0], end="eos" if ends is True else ends or None, depth=node.depth + 1)
         new.true_p = p
         return new
 
@@ -107,6 +107,15 @@ def test_root_visits_equal_simulations_and_q_is_the_mean():
     s, best = run(mcts, wide, m=3, simulations=7, c=1.0)
     N, children = s.result
     assert N[s.root] == 7 == sum(N[a] for a in children[s.root]) and best == "cxy"
+
+
+def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
+    """By their p, a is worth 0.81 and b 0.25; but a only leads to a solution that never came to its answer."""
+    tree = {"": [("a", 0.9, False), ("b", 0.5, False)], "a": [("x", 0.9, "length")], "b": [("y", 0.5, True)]}
+    s, _ = run(mcts, tree, m=2, simulations=6, c=0.1)
+    N, children = s.result
+    a, b = children[s.root]
+    assert N[b] > N[a]
 
 
 def test_mcts_with_adaptive_breadth_goes_on_when_the_tree_is_closed():
