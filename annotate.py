@@ -33,7 +33,17 @@ from pathlib import Path
 
 import tasks
 from policy import add_policy_flags, load_policy_flags
-from rows import add_run_flags, check_run_flags, command_line, distributed, journaled, read_set, same_flags, write_rows
+from rows import (
+    add_run_flags,
+    check_run_flags,
+    command_line,
+    distributed,
+    first_wrong,
+    journaled,
+    read_set,
+    same_flags,
+    write_rows,
+)
 
 TINY = Path(__file__).resolve().parent / "tiny"
 
@@ -308,8 +318,8 @@ def collect(args):
             used[name] += 1
             if used[name] > 1:  # a PRM800K record has many rows, and two files may use the same ids
                 name = f"{name}#{used[name]}"
-            wrong = next((t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5), -1)
-            found.setdefault(question, []).append((name, row["completions"], "given", row.get("source") or file, wrong))
+            found.setdefault(question, []).append((name, row["completions"], "given", row.get("source") or file,
+                                                   first_wrong(row["labels"])))
     return [(known[q], solutions) for q, solutions in found.items()]
 
 

@@ -41,7 +41,17 @@ import search
 import tasks
 from policy import add_policy_flags, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, auc_pairs, coloured, load_prm
-from rows import add_run_flags, check_run_flags, command_line, distributed, gather, journaled, read_rows, read_set
+from rows import (
+    add_run_flags,
+    check_run_flags,
+    command_line,
+    distributed,
+    first_wrong,
+    gather,
+    journaled,
+    read_rows,
+    read_set,
+)
 from search import by_domain
 
 TINY = Path(__file__).resolve().parent / "tiny"
@@ -184,8 +194,7 @@ def first_error(args, bench):
         items = [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
     else:
         rows = itertools.islice(read_set(args.first_error, args.format), args.limit)
-        items = [(row["prompt"], row["completions"],
-                  next((t for t, y in enumerate(row["labels"]) if y is not None and y < 0.5), -1)) for _, row in rows]
+        items = [(row["prompt"], row["completions"], first_wrong(row["labels"])) for _, row in rows]
 
     def score(some):
         found = bench.prm(args.prm[0]).score([items[i][0] for i in some], [items[i][1] for i in some])

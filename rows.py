@@ -146,6 +146,11 @@ def beside(out, pattern):
     return sorted(out.parent.glob(glob.escape(out.name) + pattern))
 
 
+def begun(out):
+    """What a run has left at out: when it was killed, out.part0 or out.votes.part0."""
+    return [f for f in (out, *beside(out, ".votes*"), *beside(out, ".part*")) if f.exists()]
+
+
 def write_rows(file, rows):
     """A JSONL file, replaced as a whole or not at all."""
     partial = Path(file).with_name(Path(file).name + ".partial")
@@ -199,10 +204,8 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     need_folder(parser, args, "json")
     if args.out and not (args.resume or args.overwrite):
-        out = Path(args.out)  # a run that was killed leaves out.part0, or out.votes.part0
-        for file in (out, *beside(out, ".votes*"), *beside(out, ".part*")):
-            if file.exists():
-                parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
+        for file in begun(Path(args.out)):
+            parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
 
 
 def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "device", "json", "out", "resume",
@@ -212,9 +215,8 @@ def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "d
     if args.out and os.environ.get("RANK", "0") == "0":
         out = Path(args.out)
         file, now = out.with_name(out.name + ".flags"), {k: v for k, v in vars(args).items() if k not in free}
-        begun = out.exists() or beside(out, ".votes*") or beside(out, ".part*")
         with parser:
-            was = json.loads(file.read_text()) if begun and args.resume and file.exists() else now
+            was = json.loads(file.read_text()) if args.resume and begun(out) and file.exists() else now
             for k in (k for k in now if k in was and was[k] != now[k]):
                 parser.error(f"--resume: {out} was begun with --{k.replace('_', '-')} {was[k]}, not {now[k]}")
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -235,6 +237,11 @@ def take_out(out, resume, overwrite, needed):
 
 
 # ---------------------------------------------------------------- stepwise rows, and the two original schemas
+
+def first_wrong(labels):
+    """The first step whose label says wrong, from 0; -1 where there is none (as in ProcessBench). None is no label."""
+    return next((t for t, y in enumerate(labels) if y is not None and y < 0.5), -1)
+
 
 def from_prm800k(row, neutral="good"):
     """A PRM800K record -> stepwise rows: the path that was followed, and one row for each rated alternative to it.
