@@ -199,11 +199,13 @@ def make_rows(out, jobs):
         part.unlink()
 
 
-def make_prm(out):
+def make_prm(out, jobs):
     """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is
     rare in the rows."""
+    ranks = min(jobs, 2)
     script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
-           "--lr-head", 2e-3, "--val-samples", 300, "--out", out / "prm.partial", "--resume")
+           "--lr-head", 2e-3, "--accumulate", 4 // ranks, "--val-samples", 300, "--out", out / "prm.partial",
+           "--resume", ranks=ranks)
     prm = load_prm(out / "prm.partial").half()
     prm.format["base_model"] = "tiny/l"
     prm.save(out / "prm")
@@ -235,10 +237,10 @@ def main(argv=None):
         again = ["--overwrite"] if args.overwrite else []
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda x: script("tiny/make.py", "--out", args.out, "--stages", x, *again), models))
-    for stage, make in (("rows", lambda: make_rows(args.out, args.jobs)), ("prm", lambda: make_prm(args.out))):
+    for stage, make in (("rows", make_rows), ("prm", make_prm)):
         if todo(stage):
             started = time.time()
-            make()
+            make(args.out, args.jobs)
             print(f"{stage}: {(time.time() - started) / 60:.1f} minutes", flush=True)
 
 
