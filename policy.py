@@ -173,9 +173,17 @@ class Rows:
         self.mask = torch.nn.functional.pad(self.mask, (0, room))
 
 
-def chunks(items, length, max_tokens):
-    """Split items, longest first, into batches of at most max_tokens padded tokens (one item at least)."""
+# Padded tokens of one forward that encodes text. A CPU is fastest where activations stay in its cache: the tiny PRM
+# scores twice as many tokens a second by 4096 as by 65536. Elsewhere memory alone is the limit (--max-batch-tokens).
+ENCODED_AT_ONCE = {"cpu": 4096}
+
+
+def chunks(items, length, max_tokens, device=None):
+    """Split items, longest first, into batches of at most max_tokens padded tokens (one item at least), and of what
+    this device encodes at once."""
     batch = []
+    if device is not None:
+        max_tokens = min(max_tokens, ENCODED_AT_ONCE.get(device.type, max_tokens))
     for item in sorted(items, key=length, reverse=True):
         if batch and (len(batch) + 1) * length(batch[0]) > max_tokens:
             yield batch
@@ -209,7 +217,7 @@ def extend(model, name, leaves, ids_of, max_tokens):
                 chain.append(below[chain[-1]][0])
             known = head.line() if name in head.kv else head.line()[:-1]
             rows.append((known, chain, [i for n in chain for i in todo[n]]))
-        for batch in chunks(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens):
+        for batch in chunks(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens, model.device):
             spent += sum(len(new) for _, _, new in batch)
             states.update(_extend_rows(model, name, batch, todo, below))
         todo = {node: ids for node, ids in todo.items() if node not in states}

@@ -97,11 +97,12 @@ class PRM(nn.Module):
         """
         items = [(i, *self.encode(q, s)) for i, (q, s) in enumerate(zip(questions, solutions, strict=True))]
         scores = [[] for _ in items]
-        for batch in chunks([x for x in items if x[2]], lambda x: len(x[1]), self.max_batch_tokens):
+        device = self.backbone.device
+        for batch in chunks([x for x in items if x[2]], lambda x: len(x[1]), self.max_batch_tokens, device):
             ids = nn.utils.rnn.pad_sequence([torch.tensor(tokens) for _, tokens, _ in batch], batch_first=True)
             rows = torch.tensor([row for row, x in enumerate(batch) for _ in x[2]])
             positions = torch.tensor([p for x in batch for p in x[2]])
-            p = iter(self(*(x.to(self.backbone.device) for x in (ids, rows, positions))).sigmoid().tolist())
+            p = iter(self(*(x.to(device) for x in (ids, rows, positions))).sigmoid().tolist())
             for i, tokens, where in batch:
                 scores[i] = [next(p) for _ in where]
                 self.tokens += len(tokens)
