@@ -562,7 +562,7 @@ def parse(argv):
     a = parser.add_argument
     a("--exhibit", choices=EXHIBITS)
     a("--samples", help="sample rows to evaluate instead of sampling")
-    a("--score", action="store_true", help="score all --samples with --prm, if any has no scores")
+    a("--score", action="store_true", help="score --samples with --prm, whatever scores they have")
     a("--first-error", metavar="SET", help="processbench, or stepwise rows: erroneous step identification")
     a("--format", choices=["auto", "stepwise", "prm800k", "math-shepherd"], default="auto", help="of --first-error")
     a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"],
@@ -613,11 +613,10 @@ def main(argv=None):
         else:
             if args.samples:
                 rows = read_samples(args.samples)
-                if any(s.get("scores") is None for r in rows for s in r["samples"]):
-                    if args.score:
-                        rows = bench.scored(rows, args.samples, args.prm[0])
-                    else:
-                        names = ["maj", "pass"]
+                if args.score:
+                    rows = bench.scored(rows, args.samples, args.prm[0])
+                elif any(s.get("scores") is None for r in rows for s in r["samples"]):
+                    names = ["maj", "pass"]
             else:
                 rows = bench.run("best_of_n", args.policy, args.prm[0], n=args.n)
             ns = powers(min(len(r["samples"]) for r in rows))

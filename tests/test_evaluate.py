@@ -167,6 +167,19 @@ def test_saved_samples_of_anybody(tmp_path):
             evaluate.read_samples(tmp_path / "bad.jsonl")
 
 
+def test_a_prm_scores_saved_samples_whatever_scores_they_have(tmp_path):
+    (tmp_path / "samples.jsonl").write_text(json.dumps(
+        {"id": 1, "question": "Ann has 7 shells. In January she finds 5. How many now?", "answer": "12", "samples": [
+            {"steps": [f"January: 7+5={n}", f"Answer: {n}"], "scores": [p, p]} for n, p in ((11, 0.9), (12, 0.1))]}))
+    picked = []
+    for extra in ([], ["--score", "--prm", str(TINY / "prm")]):
+        evaluate.main(["--samples", str(tmp_path / "samples.jsonl"), "--json", str(tmp_path / "x.json"), "--out",
+                       str(tmp_path), *extra])
+        metrics = json.loads((tmp_path / "x.json").read_text())["metrics"]["math"]
+        picked.append(metrics["prm by prod"]["2"]["value"])
+    assert picked == [0, 1]
+
+
 def test_reference_solutions_that_fail_are_named_before_a_benchmark_is_scored(tmp_path, capsys):
     data = tmp_path / "code.jsonl"
     tests = {"kind": "call", "entry": "f", "inputs": [[1]], "outputs": [2]}
