@@ -1,8 +1,13 @@
 """The tiny world: its truth, its authors and its splits."""
+import contextlib
 import random
 
+import pytest
+from conftest import TINY
+
 import tasks
-from tiny import world
+from prm_model import load_prm
+from tiny import make, world
 
 
 def test_the_right_solution_is_right_and_judged_right():
@@ -69,3 +74,30 @@ def test_no_mistake_is_harmless():
         found[strict] = sum(v.ok for v in tasks.judge_many(items))
         assert len(items) > 50
     assert found[True] == 0 and found[False] > 3
+
+
+def test_the_world_is_made_again_stage_by_stage_and_after_a_kill(tmp_path, monkeypatch):
+    """A model of two cycles of two steps, killed in the second; rows and a PRM from the shipped models."""
+    monkeypatch.setitem(make.MODELS, "xs", ("careful", 16, 1, 2, (2, 2), 4, 4))
+    get_batch, asked = make.get_batch, []
+
+    def killed(*args):
+        asked.append(args)
+        if len(asked) == 4:
+            raise KeyboardInterrupt
+        return get_batch(*args)
+    for out, batch in (("whole", get_batch), ("killed", killed), ("killed", get_batch)):
+        monkeypatch.setattr(make, "get_batch", batch)
+        with pytest.raises(KeyboardInterrupt) if batch is killed else contextlib.nullcontext():
+            make.main(["--out", str(tmp_path / out), "--stages", "tokenizer", "xs"])
+    whole, again = ((tmp_path / out / "xs" / "model.safetensors").read_bytes() for out in ("whole", "killed"))
+    assert whole == again
+
+    out = tmp_path / "rest"
+    out.mkdir()
+    for name in "ABCl":
+        (out / name).symlink_to(TINY / name)
+    monkeypatch.setattr(make, "ROWS", [("tiny-math", 11, 4, 1.0)])
+    make.main(["--out", str(out), "--stages", "rows", "prm", "--jobs", "1"])
+    assert {x.name for x in out.iterdir()} == {*"ABCl", "rows.jsonl.gz", "prm"}
+    assert 0 <= load_prm(out / "prm").score(["1+1?"], [["Answer: 2"]])[0][0] <= 1

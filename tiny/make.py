@@ -204,12 +204,12 @@ def make_prm(out, jobs):
     rare in the rows."""
     ranks = min(jobs, 2)
     script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
-           "--lr-head", 2e-3, "--accumulate", 4 // ranks, "--val-samples", 300, "--out", out / "prm.partial",
+           "--lr-head", 2e-3, "--accumulate", 4 // ranks, "--val-samples", 300, "--out", out / "prm.training",
            "--resume", ranks=ranks)
-    prm = load_prm(out / "prm.partial").half()
+    prm = load_prm(out / "prm.training").half()
     prm.format["base_model"] = "tiny/l"
     prm.save(out / "prm")
-    shutil.rmtree(out / "prm.partial")
+    shutil.rmtree(out / "prm.training")
 
 
 def main(argv=None):
