@@ -54,6 +54,19 @@ class PRM(nn.Module):
                 tokenizer.decode(self.separator_ids) != separator:
             raise ValueError(f"{base_model or name}: the tokenizer has no token for the separator {separator!r}")
         self.tokens = 0  # encoded by score() and score_nodes(), all told
+        # What follows attention in the last layer serves its own position only: forward() has it for M, not B x T
+        self.wanted = None  # ((B, T), rows (M), positions (M))
+        for part in (backbone.layers[-1].self_attn.o_proj, backbone.layers[-1].mlp):
+            part.register_forward_pre_hook(self._gather)
+            part.register_forward_hook(self._scatter)
+
+    def _gather(self, part, inputs):
+        return (inputs[0][self.wanted[1:]][None],) if self.wanted else None  # (1, M, h): also where a batch is expected
+
+    def _scatter(self, part, inputs, output):
+        if self.wanted:
+            whole = output.new_zeros(*self.wanted[0], output.shape[-1])
+            return whole.index_put(self.wanted[1:], output[0])
 
     def _ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -85,8 +98,11 @@ class PRM(nn.Module):
 
     def forward(self, ids_BT, rows_M, positions_M):
         """Logits (M) of the steps at (rows_M, positions_M). ids_BT is padded on the right, and attention is causal,
-        so padding needs no mask; the head runs on the M labelled positions only."""
+        so padding needs no mask; the head and the last layer's MLP run on the M labelled positions only."""
+        if not self.backbone.is_activation_checkpointing:  # which runs the layer again when `wanted` is gone
+            self.wanted = ids_BT.shape, rows_M, positions_M
         hidden = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
+        self.wanted = None
         return self.head(hidden[rows_M, positions_M]).squeeze(-1).float()
 
     @torch.inference_mode()

@@ -96,10 +96,12 @@ def plan(lengths, group, batch_size, batch_tokens, seed=0, epoch=0):
     return [batches[a:a + group] for a in range(0, len(batches), group)]
 
 
-def get_batch(data, rows, device):
-    """Row numbers -> ids (B, T), and of each labelled step its row (M), position (M), label (M) and place (M)."""
+def get_batch(data, rows, device, multiple=1):
+    """Row numbers -> ids (B, T), and of each labelled step its row (M), position (M), label (M) and place (M).
+    T is rounded up to a multiple: bf16 matrix units want 8, and CPUs build (and keep) a kernel for each shape."""
     chosen = [data[i] for i in rows] or [EMPTY]  # a rank that has nothing left in an epoch's last step
     ids_BT = pad_sequence([r.ids for r in chosen], batch_first=True)
+    ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % multiple))
     rows_M = torch.arange(len(chosen)).repeat_interleave(torch.tensor([len(r.labels) for r in chosen]))
     at_M = (torch.cat([getattr(r, k) for r in chosen]) for k in ("positions", "labels", "steps"))
     return tuple(x.to(device, non_blocking=True) for x in (ids_BT, rows_M, *at_M))
@@ -118,13 +120,13 @@ def prm_loss(logits_M, labels_M):
 
 
 @torch.no_grad()
-def evaluate(model, data, batches, device, autocast):
+def evaluate(model, data, batches, device, autocast, multiple=1):
     """metrics() over the batches of all ranks. Every step's logit, label and place are gathered: the AUC of all steps
     is no mean of the ranks' AUCs."""
     model.eval()
     found = []
     for rows in batches:
-        *inputs, labels_M, steps_M = get_batch(data, rows, device)
+        *inputs, labels_M, steps_M = get_batch(data, rows, device, multiple)
         with autocast():
             found.append(tuple(x.cpu() for x in (model(*inputs), labels_M, steps_M)))
     model.train()
@@ -228,6 +230,7 @@ def main(argv=None):
     a("--overwrite", action="store_true", help="start again where a run is already")
     a("--device", help="cpu, cuda, cuda:1 (default: the GPU of this rank, where there is one)")
     a("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic; weights are fp32 (default bfloat16 on cuda)")
+    a("--attention", choices=["sdpa", "eager", "flash_attention_2"], help="of the backbone (default sdpa)")
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
     a("--checkpointing", action="store_true", help="recompute activations layer by layer: less memory, a third slower")
     a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
@@ -254,6 +257,7 @@ def train(args, stop):
     if args.fsdp and world == 1:
         raise ValueError("--fsdp needs torchrun and more than one process")
     bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"  # CPUs: with AMX
+    multiple = 8 if bf16 else 1
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")  # one process saves alone
     disable_progress_bar()  # of transformers, at each loading and saving
@@ -279,6 +283,7 @@ def train(args, stop):
     # -------- model: with --fsdp only rank 0 reads the weights
     prm = load_prm(args.model, ("meta" if rank else "cpu") if args.fsdp else device, seed=args.seed, fresh=True,
                    dropout=args.dropout, dtype="float32").train()
+    prm.backbone.set_attn_implementation(args.attention or "sdpa")
     config = prm.backbone.config
     if args.freeze_backbone:
         prm.backbone.requires_grad_(False)
@@ -349,7 +354,7 @@ def train(args, stop):
             length_quantiles=torch.tensor(lengths).float().quantile(torch.tensor([0.1, 0.5, 0.9, 1.0])).tolist(),
             parameters=total, N=N, trained=trained, world=world, optimizer_steps=len(plans), lr=lr, settings=settings,
             pretraining_flops=6 * N * seen if seen else None)
-        log("eval", 0, **evaluate(prm, val, val_plan, device, autocast))
+        log("eval", 0, **evaluate(prm, val, val_plan, device, autocast, multiple))
     if master:
         print(f"first row ({data[0].where}), tokens and the labels they carry:")
         carried = dict(zip(data[0].positions.tolist(), data[0].labels.tolist()))
@@ -363,7 +368,7 @@ def train(args, stop):
         M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks: each of them knows the plan
         loss_sum, bad = torch.zeros((), device=device), []
         for j in range(rank, len(micros), world):
-            ids_BT, rows_M, positions_M, labels_M, _ = get_batch(data, micros[j], device)
+            ids_BT, rows_M, positions_M, labels_M, _ = get_batch(data, micros[j], device, multiple)
             torch.manual_seed((args.seed * len(plans) + step) * group + j)  # dropout: a function of the micro-batch
             last = j + world >= len(micros)  # gradients are exchanged once, with the last micro-batch
             if args.fsdp:
@@ -390,7 +395,7 @@ def train(args, stop):
 
         seconds = time.perf_counter() - started
         row_lengths = [lengths[i] for rows in micros for i in rows]
-        padded = sum(len(rows) * max(lengths[i] for i in rows) for rows in micros if rows)
+        padded = sum(len(rows) * -(-max(lengths[i] for i in rows) // multiple) * multiple for rows in micros if rows)
         flops, attention = step_flops(N, config, row_lengths, args.freeze_backbone)
         totals.update(tokens=sum(row_lengths), seconds=seconds, flops=flops, flops_with_attention=flops + attention)
         progress["step"] = step + 1
@@ -402,7 +407,7 @@ def train(args, stop):
         done, stopped = step + 1 == len(plans), False
         due = (step + 1) % args.eval_every == 0 or step & (step + 1) == 0 or done
         if due:
-            figures = evaluate(prm, val, val_plan, device, autocast)
+            figures = evaluate(prm, val, val_plan, device, autocast, multiple)
             log("eval", step + 1, **figures)
             better = gather(progress["best"] is None or figures["loss"] < progress["best"])[0]  # rank 0 decides for all
             progress["bad"] = 0 if better else progress["bad"] + 1

@@ -26,7 +26,9 @@ sys.path.insert(0, str(ROOT))
 SIZES = {"0.4M": (128, 2, 4), "10M": (320, 6, 5)}
 CONTENDERS = {"trl-defaults": {}, "trl-tuned": dict(bf16=False, gradient_checkpointing=False, disable_dropout=False,
                                                     train_sampling_strategy="group_by_length"),
-              "ours": [], "ours-compiled": ["--compile"], "ours-bf16": ["--dtype", "bfloat16"]}
+              "ours": [], "ours-compiled": ["--compile"],
+              "ours-bf16": ["--dtype", "bfloat16", "--attention", "eager"],
+              "ours-bf16-compiled": ["--dtype", "bfloat16", "--attention", "eager", "--compile"]}
 
 
 def make_rows(folder, count):
@@ -199,7 +201,8 @@ def main(argv=None):
         for size in args.sizes:
             make_model(folder, size)
             for name in [] if args.scale else args.only:
-                env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+                env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
+                       "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{size} {name}")}  # compile from nothing
                 done = subprocess.run([sys.executable, __file__, "--epochs", str(args.epochs), "--lr", str(args.lr),
                                        "--worker", str(folder), size, name], capture_output=True, text=True, env=env)
                 found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

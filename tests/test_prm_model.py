@@ -61,8 +61,11 @@ def test_cached_scores_of_a_growing_tree_equal_uncached_ones(prm, tokenizer):
     assert prm.tokens - tokens == sum(len(prm._node_ids(n)) for n in [*roots, *seen])
 
 
-def test_padding_and_neighbours_do_not_change_gradients(prm):
-    def gradient(pairs):
+def test_padding_neighbours_and_a_last_layer_on_the_labelled_positions_only_do_not_change_gradients(prm):
+    def whole(ids, rows, positions):
+        return prm.head(prm.backbone(input_ids=ids).last_hidden_state[rows, positions])
+
+    def gradient(pairs, forward=prm):
         prm.zero_grad()
         for batch in pairs:
             encoded = [prm.encode(q, s) for q, s in batch]
@@ -70,11 +73,15 @@ def test_padding_and_neighbours_do_not_change_gradients(prm):
             for row, (x, _) in enumerate(encoded):
                 ids[row, :len(x)] = torch.tensor(x)
             rows = torch.tensor([row for row, (_, at) in enumerate(encoded) for _ in at])
-            prm(ids, rows, torch.tensor([p for _, at in encoded for p in at])).sum().backward()
+            forward(ids, rows, torch.tensor([p for _, at in encoded for p in at])).sum().backward()
         return torch.cat([p.grad.flatten() for p in prm.parameters() if p.grad is not None])
     pairs = list(zip(QUESTIONS, SOLUTIONS))
-    together, apart = gradient([pairs]), gradient([[p] for p in pairs])
-    assert (together - apart).norm() / apart.norm() < 1e-4
+    together, apart, uncut = gradient([pairs]), gradient([[p] for p in pairs]), gradient([pairs], whole)
+    prm.train()  # without dropout, from which each forward draws
+    prm.head[2].p = 0.0
+    prm.backbone.activation_checkpointing_enable()
+    for other in (apart, uncut, gradient([pairs])):
+        assert (together - other).norm() / apart.norm() < 1e-4
 
 
 def test_aggregations():
