@@ -1,9 +1,13 @@
 """What one vector a set saves: similarity.py's pass against the direct double sum over stored vectors.
 
     python benchmarks/similarity_cost.py                     # policy tiny/A, two sets of 10, 100 and 400 responses
+    python benchmarks/similarity_cost.py --memory Qwen/Qwen2.5-7B --tokens 1024         # needs its config.json only
 
 CPU seconds, responses a second and peak memory beyond what the process had before; and a response's cost here (hooks,
 vectors, sketch) against a plain forward and backward pass. Of the double sum --pairs pairs are timed, and multiplied.
+
+--memory runs similarity.py's own code on a model of that shape in fake tensors, which have sizes but no numbers, and
+counts the bytes that are alive at once: what a GPU must hold, whether or not there is one.
 """
 import argparse
 import multiprocessing
@@ -11,13 +15,19 @@ import random
 import resource
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from policy import load_policy  # noqa: E402
+import similarity  # noqa: E402
+from policy import load_policy, load_pretrained  # noqa: E402
 from similarity import Reference, Response, accumulate, encode, products, score  # noqa: E402
 from tiny import world  # noqa: E402
 
@@ -70,11 +80,57 @@ def overhead(n):
     return 1000 * ours / len(items), 1000 * theirs / len(items)
 
 
+class Alive(TorchDispatchMode):
+    """Bytes of all tensors that were made under this mode and are still there: now, and the most so far."""
+
+    now = peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is not None and not hasattr(storage, "counted"):
+                storage.counted = True
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.free, storage.nbytes())
+        return out
+
+    def free(self, size):
+        self.now -= size
+
+
+def count_memory(path, tokens, params, dtype):
+    """What one response takes, by the flags of similarity.py."""
+    config = load_pretrained(AutoConfig, path)
+    similarity.float = lambda x: 1.0 if isinstance(x, torch.Tensor) else float(x)  # a fake norm has no value
+    print(f"{path}, {dtype}, a response of {tokens} tokens{f', --params {params}' * bool(params)}: GB alive at once")
+    for low_memory in (False, True):
+        for offload in (False, True):
+            with FakeTensorMode(), Alive() as alive:
+                lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
+                weights, reference = alive.now, Reference(lm, params, low_memory=low_memory)
+                sums = torch.zeros(4, reference.P) if not offload else [[]] * 4
+                alive.peak = alive.now
+                kept = torch.zeros(reference.D)
+                reference.accumulate(list(range(tokens)), tokens // 3, [] if offload else [sums[0]], kept)
+            flags = "--low-memory " * low_memory + "--offload" * offload
+            print(f"  {flags or 'no flag':<25}{alive.peak / 1e9:>8.1f}, of which weights {weights / 1e9:.1f}, signs "
+                  f"{reference.P / 1e9:.1f}, vectors {0 if offload else 16 * reference.P / 1e9:.1f}")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[10, 100, 400], help="responses a set")
     parser.add_argument("--pairs", type=int, default=10_000, help="pairs of the double sum to time (10000)")
+    parser.add_argument("--memory", metavar="MODEL", help="folder or hub id: count what a model of this shape takes")
+    parser.add_argument("--tokens", type=int, default=1024, help="with --memory: of the response (1024)")
+    parser.add_argument("--params", default="", help="with --memory: as in similarity.py")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="with --memory")
     args = parser.parse_args(argv)
+    if args.memory:
+        count_memory(args.memory, args.tokens, args.params, args.dtype)
+        return
     torch.set_num_threads(1)
     print(f"{'responses a set':<18}{'':<14}{'S':>7}{'CPU s':>9}{'a second':>10}{'MiB':>8}")
     for n in args.sizes:
