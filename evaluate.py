@@ -11,7 +11,7 @@
            fig2  accuracy against training steps     --prms runs/prm (its snapshots, see train.py --snapshots)
            fig3  prm@N against N for label sets      --prms PRM800K=... Math-Shepherd=... ASLAF=...
            fig4  accuracy against generated tokens, fig5 against seconds, for the four strategies
-           fig6  a solution with a self-correction, scored (Figures 6 and 8)
+           fig6  p_t around a self-correction, on average and in one solution (Figures 6 and 8)
            curves  losses and validation figures     --prms runs/prm
            table1  --task tiny-code --policies A=... B=... x majority, --prms Code=... Math=... (minus the first)
 
@@ -31,6 +31,7 @@ import itertools
 import json
 import math
 import random
+import re
 import statistics
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -55,6 +56,7 @@ from rows import (
 from search import by_domain
 
 TINY = Path(__file__).resolve().parent / "tiny"
+CORRECTION = re.compile(r"\b(wait|however|let me check)\b", re.IGNORECASE)  # what Figure 6 looks for
 
 
 # ---------------------------------------------------------------- statistics over problems
@@ -420,17 +422,27 @@ def fig4(bench, args, axis="tokens"):
 
 
 def fig6(bench, args):
-    """A solution that corrects itself and ends right, with p_t of each step (Figures 6 and 8)."""
-    pool = bench.scored(bench.run("best_of_n", args.policy, n=args.n), args.policy, args.prm[0])
-    found = [(r["question"], s) for r in pool for s in r["samples"]
-             if s["correct"] and any(w in x.lower() for x in s["steps"] for w in ("wait", "however", "let me check"))]
-    if not found:
-        raise ValueError("no right sample corrects itself: raise --limit or --n")
-    question, sample = max(found, key=lambda x: max(x[1]["scores"]) - min(x[1]["scores"]))
-    print(f"\n{question}\n" + "\n".join(coloured(s, p) for s, p in zip(sample["steps"], sample["scores"])))
-    points = [exact("p_t", t, p, problems=1, step=s)
-              for t, (s, p) in enumerate(zip(sample["steps"], sample["scores"]), 1)]
-    return points, "step", "probability that the step is correct", "linear"
+    """p_t around the self-corrections of right solutions whose mistake the PRM has noticed (p < 0.5): on average, and
+    one of them in full (Figures 6 and 8)."""
+    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
+    for label, (prm, *_) in named(args.prms or args.prm).items():
+        found = [(r, s, i) for r in bench.scored(pool, args.policy, prm) for s in r["samples"] if s["correct"]
+                 for i in [next((i for i, x in enumerate(s["steps"]) if CORRECTION.search(x)), 0)] if i]
+        noticed = [x for x in found if x[1]["scores"][x[2] - 1] < 0.5]
+        if not noticed:
+            raise ValueError(f"{label} notices no mistake of {len(found)} corrected ones: raise --limit or --n")
+        row, sample, _ = max(noticed, key=lambda x: max(x[1]["scores"]) - min(x[1]["scores"]))
+        print(f"\n{label} notices {len(noticed)} of {len(found)} mistakes that are corrected with success, as in",
+              row["question"], *map(coloured, sample["steps"], sample["scores"]), sep="\n")
+        for domain, at in itertools.product(by_domain(pool), range(-2, 4)):
+            p = {}  # of each problem: its right solutions that correct themselves
+            for r, s, i in noticed:
+                if r["domain"] == domain and 0 <= i + at < len(s["steps"]):
+                    p.setdefault(r["id"], []).append(s["scores"][i + at])
+            if p:
+                points.append(point(f"{label}, {domain}", at, [statistics.fmean(x) for x in p.values()],
+                                    solutions=sum(map(len, p.values()))))
+    return points, "step, counted from the one that corrects", "mean probability that the step is correct", "linear"
 
 
 def table1(bench, args):

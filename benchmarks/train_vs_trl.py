@@ -202,7 +202,7 @@ def main(argv=None):
             make_model(folder, size)
             for name in [] if args.scale else args.only:
                 env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-                       "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{size} {name}")}  # compile from nothing
+                       "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{size}-{name}")}  # compile from nothing
                 done = subprocess.run([sys.executable, __file__, "--epochs", str(args.epochs), "--lr", str(args.lr),
                                        "--worker", str(folder), size, name], capture_output=True, text=True, env=env)
                 found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]

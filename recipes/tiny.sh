@@ -22,7 +22,7 @@ else
   : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${RUNS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
 fi
 set -- $RUNS
-stages=$((11 + 9 * $#))
+stages=$((11 + 10 * $#))
 . recipes/stages.sh
 train() {  # train NAME ROWS BACKBONE [flags]: one PRM for each seed of RUNS; 64 rows a step, whatever PROCESSES
   local name=$1 data=$2 backbone=$3 seed
@@ -51,6 +51,7 @@ for size in xs s m; do train $size "$RUN/rows-consensus.jsonl" "$MODELS/$size"; 
 train l "$RUN/rows-consensus.jsonl" "$MODELS/l" --snapshots
 RUNS=${RUNS%% *} train policy "$RUN/rows-consensus.jsonl" "$A" --snapshots  # has hardly seen corrections
 for set in A B truth math code; do train "$set" "$RUN/rows-$set.jsonl" "$MODELS/l"; done
+train mask "$RUN/rows-consensus.jsonl" "$MODELS/l" --mask-after-first-error  # does not learn that all is lost then
 
 # §4: the figures and tables
 evaluate() {  # evaluate EXHIBIT flags
@@ -63,10 +64,10 @@ best=$RUN/prm-l-${RUNS%% *}
 evaluate fig1 --prms $(of xs xs) $(of s s) $(of m m) $(of l l)
 # a PRM for each evaluation of the training: fewer problems
 evaluate fig2 --prms l="$best" A="$RUN/prm-policy-${RUNS%% *}" --limit "$((LIMIT / 4))"
-evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth)
+evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth) $(of masked mask)
 evaluate fig4 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
 evaluate fig5 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
-evaluate fig6 --prm "$best"
+evaluate fig6 --prms all="$best" masked="$RUN/prm-mask-${RUNS%% *}"
 evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms $(of Code code) $(of Math math) $(of both l)
 run similarity ranks similarity.py --policy "$A" --prm "$best" --limit "$SIMILAR" --json "$RUN/similarity.json"
 echo "all done in $(((SECONDS - started) / 60)) min: figures and tables are in $RUN"

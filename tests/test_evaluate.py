@@ -2,6 +2,7 @@
 import itertools
 import json
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -115,7 +116,7 @@ def bench(tmp_path_factory):
 
 
 @pytest.mark.parametrize("exhibit", ["fig4", "fig5", "fig6", "fig3", "table1"])
-def test_exhibits_are_drawn(exhibit, bench):
+def test_exhibits_are_drawn(exhibit, bench, capsys):
     many = exhibit == "fig6"  # self-corrections that end right are rare
     evaluate.main(["--exhibit", exhibit, "--limit", "25" if many else "8", "--n", "16" if many else "4", "--widths",
                    "1x2", "--simulations", "2", "--prms", f"Tiny={TINY / 'prm'}", "--policies", f"A={TINY / 'A'}",
@@ -127,7 +128,9 @@ def test_exhibits_are_drawn(exhibit, bench):
         assert (bench / f"{exhibit}.png").stat().st_size > 5000
         assert "<svg" in (bench / f"{exhibit}.svg").read_text()
     if exhibit == "fig6":
-        assert any("ait" in p["step"] for p in points)
+        at = {x: p for p in points for x in [p["x"]] if p["series"] == "Tiny, math"}
+        assert at[-2]["value"] > 0.5 > at[-1]["value"] and at[-1]["solutions"] >= at[-1]["problems"] > 0
+        assert re.search(r"\n0\.\d+  .*[wW]ait", capsys.readouterr().out)
 
 
 def test_other_flags_are_another_run_and_the_same_tokens_are_the_same(tmp_path, monkeypatch):
