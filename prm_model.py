@@ -99,7 +99,8 @@ class PRM(nn.Module):
     def forward(self, ids_BT, rows_M, positions_M):
         """Logits (M) of the steps at (rows_M, positions_M). ids_BT is padded on the right, and attention is causal,
         so padding needs no mask; the head and the last layer's MLP run on the M labelled positions only."""
-        if not self.backbone.is_activation_checkpointing:  # which runs the layer again when `wanted` is gone
+        # Checkpointing runs the layer again when `wanted` is gone; torch.compile would compile again for each M
+        if not self.backbone.is_activation_checkpointing and self.backbone._compiled_call_impl is None:
             self.wanted = ids_BT.shape, rows_M, positions_M
         hidden = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         self.wanted = None
