@@ -84,6 +84,16 @@ def test_padding_neighbours_and_a_last_layer_on_the_labelled_positions_only_do_n
         assert (together - other).norm() / apart.norm() < 1e-4
 
 
+def test_a_compiled_backbone_is_compiled_once_for_all_shapes(prm):
+    graphs, sizes = [], ((2, 9, 3), (3, 14, 5), (4, 20, 6), (2, 30, 7))  # B, T, M
+    batches = [(torch.randint(5, 50, (B, T)), torch.arange(M) % B, torch.arange(T - M, T)) for B, T, M in sizes]
+    plain = [prm(*batch) for batch in batches]
+    torch._dynamo.reset()
+    prm.backbone.compile(dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
+    assert torch.cat([prm(*batch) for batch in batches]).tolist() == pytest.approx(torch.cat(plain).tolist(), abs=1e-5)
+    assert len(graphs) == 1
+
+
 def test_aggregations():
     assert [aggregate([0.9, 0.5, 0.8], how) for how in ("last", "min", "prod", "mean", "sum")] == pytest.approx(
         [0.8, 0.5, 0.36, 2.2 / 3, 2.2])
