@@ -422,27 +422,34 @@ def fig4(bench, args, axis="tokens"):
 
 
 def fig6(bench, args):
-    """p_t around the self-corrections of right solutions whose mistake the PRM has noticed (p < 0.5): on average, and
-    one of them in full (Figures 6 and 8)."""
+    """Does p_t rise again when a mistake is corrected (Figures 6 and 8)? Its mean over the steps around the one after a
+    mistake that the PRM notices (p < 0.5): where that step corrects it and the solution ends right; and, to compare,
+    where nothing is corrected and it ends wrong. One of the former is printed in full."""
     pool, points = bench.run("best_of_n", args.policy, n=args.n), []
     for label, (prm, *_) in named(args.prms or args.prm).items():
-        found = [(r, s, i) for r in bench.scored(pool, args.policy, prm) for s in r["samples"] if s["correct"]
-                 for i in [next((i for i, x in enumerate(s["steps"]) if CORRECTION.search(x)), 0)] if i]
-        noticed = [x for x in found if x[1]["scores"][x[2] - 1] < 0.5]
-        if not noticed:
-            raise ValueError(f"{label} notices no mistake of {len(found)} corrected ones: raise --limit or --n")
+        groups, corrections = {"corrected": [], "not corrected": []}, 0
+        for r, s in [(row, s) for row in bench.scored(pool, args.policy, prm) for s in row["samples"]]:
+            says = next((i for i, x in enumerate(s["steps"]) if CORRECTION.search(x)), 0)  # none in the first step
+            low = next((i for i, p in enumerate(s["scores"], 1) if p < 0.5), 0)
+            corrections += bool(s["correct"] and says)
+            if s["correct"] and says and s["scores"][says - 1] < 0.5:
+                groups["corrected"].append((r, s, says))
+            elif not s["correct"] and not says and low:
+                groups["not corrected"].append((r, s, low))
+        if not (noticed := groups["corrected"]):
+            raise ValueError(f"{label} notices no mistake of {corrections} corrected ones: raise --limit or --n")
         row, sample, _ = max(noticed, key=lambda x: max(x[1]["scores"]) - min(x[1]["scores"]))
-        print(f"\n{label} notices {len(noticed)} of {len(found)} mistakes that are corrected with success, as in",
+        print(f"\n{label} notices {len(noticed)} of {corrections} mistakes that are corrected with success, as in",
               row["question"], *map(coloured, sample["steps"], sample["scores"]), sep="\n")
-        for domain, at in itertools.product(by_domain(pool), range(-2, 4)):
-            p = {}  # of each problem: its right solutions that correct themselves
-            for r, s, i in noticed:
+        for (kind, found), domain, at in itertools.product(groups.items(), by_domain(pool), range(-2, 4)):
+            p = {}  # of each problem, so that the interval is over problems
+            for r, s, i in found:
                 if r["domain"] == domain and 0 <= i + at < len(s["steps"]):
                     p.setdefault(r["id"], []).append(s["scores"][i + at])
             if p:
-                points.append(point(f"{label}, {domain}", at, [statistics.fmean(x) for x in p.values()],
+                points.append(point(f"{domain}, {label}, {kind}", at, [statistics.fmean(x) for x in p.values()],
                                     solutions=sum(map(len, p.values()))))
-    return points, "step, counted from the one that corrects", "mean probability that the step is correct", "linear"
+    return points, "step, counted from the one after the mistake", "mean probability that the step is correct", "linear"
 
 
 def table1(bench, args):
