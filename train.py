@@ -135,7 +135,8 @@ def evaluate(model, data, batches, device, autocast, multiple=1):
 
 def step_flops(N, config, lengths, frozen):
     """(6 N D, what attention adds): a forward takes 2 N a token, the backward twice that; QK' and PV of a causal row of
-    n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward."""
+    n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward. As is usual, all
+    weights are counted for all tokens, though the last layer's MLP runs on the labelled positions only."""
     k, heads = 1 if frozen else 3, config.num_attention_heads
     h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
     return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
