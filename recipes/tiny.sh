@@ -67,7 +67,7 @@ evaluate fig2 --prms l="$best" A="$RUN/prm-policy-${RUNS%% *}" --limit "$((LIMIT
 evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth) $(of masked mask)
 evaluate fig4 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
 evaluate fig5 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
-evaluate fig6 --prms all="$best" masked="$RUN/prm-mask-${RUNS%% *}"
+evaluate fig6 --prms consensus="$best" truth="$RUN/prm-truth-${RUNS%% *}" masked="$RUN/prm-mask-${RUNS%% *}"
 evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms $(of Code code) $(of Math math) $(of both l)
 run similarity ranks similarity.py --policy "$A" --prm "$best" --limit "$SIMILAR" --json "$RUN/similarity.json"
 echo "all done in $(((SECONDS - started) / 60)) min: figures and tables are in $RUN"
