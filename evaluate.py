@@ -31,7 +31,6 @@ import itertools
 import json
 import math
 import random
-import re
 import statistics
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -54,9 +53,9 @@ from rows import (
     read_set,
 )
 from search import by_domain
+from similarity import phrase_pattern
 
 TINY = Path(__file__).resolve().parent / "tiny"
-CORRECTION = re.compile(r"\b(wait|however|let me check)\b", re.IGNORECASE)  # what Figure 6 looks for
 
 
 # ---------------------------------------------------------------- statistics over problems
@@ -425,12 +424,12 @@ def fig6(bench, args):
     """Does p_t rise again when a mistake is corrected (Figures 6 and 8)? Its mean over the steps around the one after a
     mistake that the PRM notices (p < 0.5): where that step corrects it and the solution ends right; and, to compare,
     where nothing is corrected and it ends wrong. One of the former is printed in full."""
-    pool, points = bench.run("best_of_n", args.policy, n=args.n), []
+    pool, points, phrase = bench.run("best_of_n", args.policy, n=args.n), [], phrase_pattern()
     for label, (prm, *_) in named(args.prms or args.prm).items():
         groups, corrections = {"corrected": [], "not corrected": []}, 0
         for r, s in [(row, s) for row in bench.scored(pool, args.policy, prm) for s in row["samples"]]:
-            says = next((i for i, x in enumerate(s["steps"]) if CORRECTION.search(x)), 0)  # none in the first step
-            low = next((i for i, p in enumerate(s["scores"], 1) if p < 0.5), 0)
+            says = next((i for i, x in enumerate(s["steps"]) if phrase.search(x)), 0)  # none in the first step
+            low = first_wrong(s["scores"]) + 1
             corrections += bool(s["correct"] and says)
             if s["correct"] and says and s["scores"][says - 1] < 0.5:
                 groups["corrected"].append((r, s, says))

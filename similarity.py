@@ -45,6 +45,7 @@ from rows import command_line, distributed, gather, need_folder, read_rows
 
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]
 PAIRS = [(1, 3), (1, 2), (0, 3), (0, 2)]  # in the order of Table 2
+PHRASES = ["wait", "however", "let me check"]  # of self-correction (Figure 6)
 KINDS = {"norm": "norm", "att": "attention", "mlp": "MLP", "embed": "embedding"}  # the first that is in a weight's name
 # side: 0 math, 1 code; correct: None if nobody judged it; sets: which of SETS it is in, {0, 1} if the PRM selected it
 Response = namedtuple("Response", "side question text correct sets")
@@ -156,6 +157,11 @@ def products(sums, spans):
 
 # ---------------------------------------------------------------- is the number meaningful?
 
+def phrase_pattern(phrases=PHRASES):
+    """Matches a text that has one of these phrases, as whole words, in capitals or not."""
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
+
+
 def subsets(responses, items):
     """{name: response indices}. Length-matched: not selected, nearest in tokens to a selected one, each used once."""
     found = {k: [i for i, r in enumerate(responses) if k in r.sets] for k in range(len(SETS))}
@@ -209,7 +215,7 @@ def analyse(responses, found, kept, dots, phrases, seed, rounds=1000):
             table[name] = {"S": value, "difference": value - base,
                            "interval": (values[1:] - values[0] + value).nanquantile(ends).tolist(),
                            "difference_interval": (minus[1:] - minus[0] + value - base).nanquantile(ends).tolist()}
-    pattern = re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
+    pattern = phrase_pattern(phrases)
     lines = [next((x.strip() for x in r.text.splitlines() if pattern.search(x)), None) for r in responses]
     shares, hits = {}, torch.tensor([x is not None for x in lines]).double()
     for k, name in enumerate(SETS):
@@ -301,7 +307,7 @@ def main(argv=None):
     a("--sketch", type=int, default=65536, help="numbers kept of each response (65536)")
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
     a("--low-memory", action="store_true", help="hold no gradient: a second backward pass for each response instead")
-    a("--phrases", nargs="+", default=["wait", "however", "let me check"], help="of self-correction")
+    a("--phrases", nargs="+", default=PHRASES, help="of self-correction")
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code, from tasks.py")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
     a("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")

@@ -128,9 +128,10 @@ def evaluate(model, data, batches, device, autocast, multiple=1):
     for rows in batches:
         *inputs, labels_M, steps_M = get_batch(data, rows, device, multiple)
         with autocast():
-            found.append(tuple(x.cpu() for x in (model(*inputs), labels_M, steps_M)))
+            found.append((model(*inputs), labels_M, steps_M))
     model.train()
-    return metrics(*(torch.cat(x) for x in zip(*itertools.chain(*gather(found)))))
+    own = [torch.cat(x).cpu() for x in zip(*found)]  # once: a GPU need not wait for each batch
+    return metrics(*(torch.cat(x) for x in zip(*gather(own))))
 
 
 def step_flops(N, config, lengths, frozen):
@@ -231,7 +232,8 @@ def main(argv=None):
     a("--overwrite", action="store_true", help="start again where a run is already")
     a("--device", help="cpu, cuda, cuda:1 (default: the GPU of this rank, where there is one)")
     a("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic; weights are fp32 (default bfloat16 on cuda)")
-    a("--attention", choices=["sdpa", "eager", "flash_attention_2"], help="of the backbone (default sdpa)")
+    a("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"],
+      help="of the backbone (default sdpa; on a CPU in bf16 eager is faster)")
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
     a("--checkpointing", action="store_true", help="recompute activations layer by layer: less memory, a third slower")
     a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
@@ -284,7 +286,7 @@ def train(args, stop):
     # -------- model: with --fsdp only rank 0 reads the weights
     prm = load_prm(args.model, ("meta" if rank else "cpu") if args.fsdp else device, seed=args.seed, fresh=True,
                    dropout=args.dropout, dtype="float32").train()
-    prm.backbone.set_attn_implementation(args.attention or "sdpa")
+    prm.backbone.set_attn_implementation(args.attention)
     config = prm.backbone.config
     if args.freeze_backbone:
         prm.backbone.requires_grad_(False)

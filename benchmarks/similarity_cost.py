@@ -110,10 +110,10 @@ def count_memory(path, tokens, params, dtype):
             with FakeTensorMode(), Alive() as alive:
                 lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
                 weights, reference = alive.now, Reference(lm, params, low_memory=low_memory)
-                sums = torch.zeros(4, reference.P) if not offload else [[]] * 4
+                sums = [] if offload else torch.zeros(4, reference.P)
                 alive.peak = alive.now
                 kept = torch.zeros(reference.D)
-                reference.accumulate(list(range(tokens)), tokens // 3, [] if offload else [sums[0]], kept)
+                reference.accumulate(list(range(tokens)), tokens // 3, sums[:1], kept)
             flags = "--low-memory " * low_memory + "--offload" * offload
             print(f"  {flags or 'no flag':<25}{alive.peak / 1e9:>8.1f}, of which weights {weights / 1e9:.1f}, signs "
                   f"{reference.P / 1e9:.1f}, vectors {0 if offload else 16 * reference.P / 1e9:.1f}")

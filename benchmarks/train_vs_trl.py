@@ -8,8 +8,8 @@ Each contender runs in a process of its own and reports real (non-padding) token
 its share of padding, and its accuracy on held-out steps after the same epochs. `trl-defaults` is PRMTrainer as it
 comes: bf16 autocast, gradient checkpointing, rows in random order. `trl-tuned` is fp32, without checkpointing, and
 with train_sampling_strategy="group_by_length". `ours` is fp32; with bf16 goes eager attention, whose backward is faster
-on a CPU; `compiled` starts from an empty cache and counts its compiling. All take 8 rows a step and the same peak
-learning rate.
+on a CPU; `compiled` starts from an empty cache and counts its compiling for training. All take 8 rows a step and the
+same peak learning rate.
 CPU time, not wall time: on a shared machine only the former repeats.
 """
 import argparse

@@ -128,7 +128,7 @@ def test_exhibits_are_drawn(exhibit, bench, capsys):
         assert (bench / f"{exhibit}.png").stat().st_size > 5000
         assert "<svg" in (bench / f"{exhibit}.svg").read_text()
     if exhibit == "fig6":
-        at = {x: p for p in points for x in [p["x"]] if p["series"] == "math, Tiny, corrected"}
+        at = {p["x"]: p for p in points if p["series"] == "math, Tiny, corrected"}
         assert at[-2]["value"] > 0.5 > at[-1]["value"] and at[-1]["solutions"] >= at[-1]["problems"] > 0
         assert re.search(r"\n0\.\d+  .*[wW]ait", capsys.readouterr().out)
 
