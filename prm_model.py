@@ -15,6 +15,7 @@ Shapes: B solutions, T tokens, M labelled steps, h hidden size.
 """
 import math
 import os
+import resource
 import shutil
 import sys
 from pathlib import Path
@@ -93,6 +94,12 @@ class PRM(nn.Module):
             ids = ids + self.encode_step(step)
             positions.append(len(ids) - 1)
         return ids, positions
+
+    def label_text(self, ids, positions, labels):
+        """What is trained on, for the eye: the text of each token, behind a labelled one its label and a line end."""
+        carried = dict(zip(positions.tolist(), labels.tolist()))
+        texts = [repr(x)[1:-1] for x in self.tokenizer.batch_decode([[i] for i in ids.tolist()])]
+        return " ".join(x + (f" <{carried[i]:g}>\n" if i in carried else "") for i, x in enumerate(texts))
 
     # ------------------------------------------------ forward and scoring
 
@@ -268,6 +275,31 @@ def metrics(logits_M, labels_M, steps_M):
             "f1_wrong": 2 * int((wrong & said).sum()) / max(1, int(wrong.sum() + said.sum())),
             "brier": float(((p - y) ** 2).mean()), "ece": float(gaps.abs().sum()) / len(p),
             "steps": len(p), "right": float(right.double().mean())}
+
+
+# ---------------------------------------------------------------- what training it costs
+
+def step_flops(N, config, lengths, frozen):
+    """(6 N D, what attention adds): a forward takes 2 N a token, the backward twice that; QK' and PV of a causal row of
+    n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward. As is usual, all
+    weights are counted for all tokens, though the last layer's MLP runs on the labelled positions only."""
+    k, heads = 1 if frozen else 3, config.num_attention_heads
+    h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
+
+
+def peak_flops(device):
+    """FLOP/s of a GPU in dense bf16, from its data sheet; None for others, and for CPUs."""
+    known = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for gpu, flops in known.items() if gpu in name), None)
+
+
+def peak_memory(device):
+    """Bytes this process has held at most: of the GPU's memory, or on a CPU all of its own."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---------------------------------------------------------------- Figures 6 and 8: a scored solution

@@ -22,8 +22,6 @@ import json
 import os
 import random
 import re
-import shutil
-import tempfile
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -197,11 +195,16 @@ def need_folder(parser, args, *names):
             parser.error(f"--{name} {file}: no such folder")
 
 
-def check_run_flags(parser, args, *positive):
-    """Exit with one line when a flag named in `positive` is not, or --out is taken."""
-    for name in ("limit", *positive):
+def need_positive(parser, args, *names):
+    """Exit with one line where one of these flags is given, and not above 0."""
+    for name in names:
         if getattr(args, name) is not None and getattr(args, name) <= 0:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+
+
+def check_run_flags(parser, args, *positive):
+    """Exit with one line when a flag named in `positive` is not, or --out is taken."""
+    need_positive(parser, args, "limit", *positive)
     need_folder(parser, args, "json")
     if args.out and not (args.resume or args.overwrite):
         for file in begun(Path(args.out)):
@@ -221,19 +224,6 @@ def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "d
                 parser.error(f"--resume: {out} was begun with --{k.replace('_', '-')} {was[k]}, not {now[k]}")
             out.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(now) + "\n")
-
-
-def take_out(out, resume, overwrite, needed):
-    """What keeps --out from being written, or None: asked before anything is trained."""
-    if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:
-        return f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-        free = shutil.disk_usage(out).free
-    except OSError as error:
-        return f"--out {out} cannot be written: {error.strerror}"
-    return None if free > needed else f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
 # ---------------------------------------------------------------- stepwise rows, and the two original schemas
@@ -360,12 +350,14 @@ def held_out(prompt, fraction):
     return int.from_bytes(digest, "big") < fraction * 2 ** 48
 
 
-def split(found, val_found, fraction):
-    """(training rows, validation rows) with no problem on both sides: val_found, or what is held out of `found`."""
+def split(found, val_found, fraction, val_samples):
+    """(training rows, validation rows) with no problem on both sides: val_found, or what is held out of `found`; of
+    validation rows at most val_samples, drawn from all sets."""
     asked = {row["prompt"] for _, row in val_found or found if val_found or held_out(row["prompt"], fraction)}
     val_found = val_found or [(where, row) for where, row in found if row["prompt"] in asked]
     found = [(where, row) for where, row in found if row["prompt"] not in asked]
     if not found or not val_found:
         raise ValueError(f"{'validation' if found else 'training'} would be empty: {len(asked)} problems are held out "
                          f"(--val-fraction, --val-data), and {len(found)} rows are left to train on")
-    return found, val_found
+    random.Random(0).shuffle(val_found)
+    return found, val_found[:val_samples]

@@ -41,7 +41,7 @@ from tqdm import tqdm
 import tasks
 from policy import add_policy_flags, chat_prompt, load_policy, load_policy_flags
 from prm_model import AGGREGATIONS, aggregate, load_prm
-from rows import command_line, distributed, gather, need_folder, read_rows
+from rows import command_line, distributed, gather, need_folder, need_positive, read_rows
 
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]
 PAIRS = [(1, 3), (1, 2), (0, 3), (0, 2)]  # in the order of Table 2
@@ -322,8 +322,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.sets and (not args.model or len(args.sets) not in (1, 2, 4)):
         parser.error("--sets takes 1, 2 or 4 files, and needs --model")
-    if min(args.n, args.sketch - 1, 1 if args.limit is None else args.limit) < 1:
-        parser.error("--n and --limit are at least 1, --sketch 2")
+    need_positive(parser, args, "n", "limit", "sketch")
     need_folder(parser, args, "json", "plot")
     rank, world, device = distributed(args.device)
     with parser:

@@ -6,9 +6,8 @@
         --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm          # add --fsdp from 14B on
 
 --out becomes the PRM itself (`--prm runs/prm` of the other scripts): always the best one so far by validation loss.
-Beside it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them)
-and, until the run has ended, checkpoint-STEP (weights, moments, counters), from which --resume goes on with the very
-losses of a run that was never stopped.
+Beside it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them) and
+a checkpoint, from which --resume goes on with the very losses of a run that was never stopped (checkpoint.py).
 
 One optimizer step is --accumulate micro-batches on each rank; a micro-batch is at most --batch-size rows and at most
 --batch-tokens tokens, padding included. All randomness is a function of (--seed, epoch, number of the micro-batch):
@@ -17,38 +16,29 @@ fp32 weights, gradients and two moments take 16 bytes a parameter, over all rank
 
 Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
 """
-import itertools
 import json
 import math
-import os
 import random
-import resource
-import shutil
 import signal
 import time
-import warnings
-from collections import Counter, namedtuple
+from collections import namedtuple
 from functools import partial
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint import state_dict as states
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from prm_model import load_prm, metrics
-from rows import FORMATS, command_line, distributed, gather, load_data, read_rows, split, take_out, write_rows
+from checkpoint import begin, finish, save_checkpoint, save_prm, shard, take_out
+from prm_model import load_prm, metrics, peak_flops, peak_memory, step_flops
+from rows import FORMATS, command_line, distributed, gather, load_data, need_positive, read_rows, split
 
 TINY = Path(__file__).parent / "tiny"
-PEAK = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # dense bf16 FLOP/s
 # What may change at --resume; of accumulate, its product with the number of ranks may not: settings["group"].
-FREE = ("out", "resume", "overwrite", "device", "accumulate")
+FREE = ("out", "resume", "overwrite", "device", "accumulate", "peak_tflops")
 
 # One encoded solution. steps: which step (from 0) each label belongs to; where: file:line, for messages.
 Row = namedtuple("Row", "ids positions labels steps where")
@@ -134,71 +124,12 @@ def evaluate(model, data, batches, device, autocast, multiple=1):
     return metrics(*(torch.cat(x) for x in zip(*gather(own))))
 
 
-def step_flops(N, config, lengths, frozen):
-    """(6 N D, what attention adds): a forward takes 2 N a token, the backward twice that; QK' and PV of a causal row of
-    n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward. As is usual, all
-    weights are counted for all tokens, though the last layer's MLP runs on the labelled positions only."""
-    k, heads = 1 if frozen else 3, config.num_attention_heads
-    h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
-
-
-# ---------------------------------------------------------------- files
-
-def save_prm(out, prm, model, master, best, snapshot=None):
-    """The PRM as it is now becomes the folder `snapshot`, and OUT if it is the best. Killed between two files of OUT,
-    --resume comes by here again and moves them all."""
-    state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if master and snapshot:
-        prm.save(out / snapshot, state)
-    if master and best:
-        prm.save(out / "best", state)
-        for file in (out / "best").iterdir():
-            os.replace(file, out / file.name)
-        (out / "best").rmdir()
-
-
-def save_checkpoint(out, model, optimizer, progress):
-    """OUT/checkpoint-STEP appears at once or not at all, and only then the one before it goes."""
-    partial, final = out / "checkpoint.partial", out / f"checkpoint-{progress['step']:08d}"
-    weights, moments = states.get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=not dist.is_initialized())
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        (partial / "progress.json").write_text(json.dumps(progress))
-        os.replace(partial, final)
-        for old in set(out.glob("checkpoint-*")) - {final}:
-            shutil.rmtree(old)
-
-
-def load_checkpoint(folder, model, optimizer):
-    weights, moments = states.get_state_dict(model, optimizer)  # are filled in place
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not dist.is_initialized())
-    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-
-
-def shard(prm, device, bf16):
-    """--fsdp: each layer's weights, gradients and moments are spread over the ranks. Rank 0 has read the weights, the
-    others have empty shapes and receive their shards."""
-    master, whole = dist.get_rank() == 0, prm.state_dict()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
-    mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
-    for part in [*prm.backbone.layers, prm]:
-        fully_shard(part, mesh=mesh, mp_policy=policy)
-    if not master:
-        prm.to_empty(device=device)
-    states.set_model_state_dict(prm, whole if master else {},
-                                options=states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    for buffer in prm.buffers():  # the rotary frequencies are in no state dict
-        dist.broadcast(buffer, 0)
-
-
 # ---------------------------------------------------------------- the script
 
 def main(argv=None):
     parser = command_line(__doc__)
     a = parser.add_argument_group("data").add_argument
-    a("--data", nargs="+", metavar="SET[:SHARE]",
-      help="JSONL files or hub sets, each optionally with its share of the mixture (default: the tiny world's rows)")
+    a("--data", nargs="+", metavar="SET[:SHARE]", help="JSONL files or hub sets (default: the tiny world's rows)")
     a("--format", default="auto", choices=["auto", *FORMATS], help="schema of the sets (default: told by their fields)")
     a("--neutral", default="good", choices=["good", "bad", "drop"], help="what PRM800K's rating 0 means (default good)")
     a("--samples", type=int, help="rows drawn at random from each set (400000 as in §3.1; without --data 6000)")
@@ -232,15 +163,14 @@ def main(argv=None):
     a("--overwrite", action="store_true", help="start again where a run is already")
     a("--device", help="cpu, cuda, cuda:1 (default: the GPU of this rank, where there is one)")
     a("--dtype", choices=["float32", "bfloat16"], help="of the arithmetic; weights are fp32 (default bfloat16 on cuda)")
-    a("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"],
-      help="of the backbone (default sdpa; on a CPU in bf16 eager is faster)")
+    a("--attention", default="sdpa", choices=["sdpa", "eager", "flash_attention_2"], help="eager: for bf16 on a CPU")
+    a("--peak-tflops", type=float, help="of a device: the log has its utilisation (default: by the GPU's name)")
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
     a("--checkpointing", action="store_true", help="recompute activations layer by layer: less memory, a third slower")
     a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
     args = parser.parse_args(argv)
-    for name in "batch_size batch_tokens accumulate epochs max_steps eval_every samples val_samples max_length".split():
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    need_positive(parser, args, "batch_size", "batch_tokens", "accumulate", "epochs", "max_steps", "eval_every",
+                  "samples", "val_samples", "max_length")
     args.samples = args.samples or (400_000 if args.data else 6000)
     args.data = args.data or [str(TINY / "rows.jsonl.gz")]
     stop = []
@@ -262,7 +192,6 @@ def train(args, stop):
     bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"  # CPUs: with AMX
     multiple = 8 if bf16 else 1
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")  # one process saves alone
     disable_progress_bar()  # of transformers, at each loading and saving
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
 
@@ -279,9 +208,7 @@ def train(args, stop):
 
     # -------- data: all rows of all sets, split by problem
     load = partial(load_data, form=args.format, neutral=args.neutral, samples=args.samples, seed=args.seed)
-    found, val_found = split(load(args.data), load(args.val_data or []), args.val_fraction)
-    random.Random(0).shuffle(val_found)  # of all sets, not of the first one only
-    val_found = val_found[:args.val_samples]
+    found, val_found = split(load(args.data), load(args.val_data or []), args.val_fraction, args.val_samples)
 
     # -------- model: with --fsdp only rank 0 reads the weights
     prm = load_prm(args.model, ("meta" if rank else "cpu") if args.fsdp else device, seed=args.seed, fresh=True,
@@ -297,9 +224,7 @@ def train(args, stop):
     # N counts what multiplies activations: the embedding is looked up, and the LM head is gone
     N = sum(p.numel() for p in prm.parameters()) - prm.backbone.get_input_embeddings().weight.numel()
     total, trained = (sum(p.numel() for p in prm.parameters() if p.requires_grad or not t) for t in (False, True))
-    # on disk: fp32 weights of PRM and checkpoint, two moments, and each twice while it is replaced
-    if problem := gather(take_out(out, args.resume, args.overwrite, 16 * (total + trained)) if master else None)[0]:
-        raise ValueError(problem)
+    take_out(out, args.resume, args.overwrite, total, trained)
 
     longest = min(args.max_length, args.batch_tokens, config.max_position_embeddings)
     data, val = (encode_rows(prm, x, longest, args.mask_after_first_error) for x in (found, val_found))
@@ -333,23 +258,9 @@ def train(args, stop):
 
     # -------- where the run stands: at its beginning, or where its last checkpoint was written
     settings = {k: v for k, v in vars(args).items() if k not in FREE} | {"group": group, "rows": len(data)}
-    totals = Counter(tokens=0, seconds=0.0, flops=0, flops_with_attention=0)
-    progress = {"step": 0, "best": None, "best_step": 0, "bad": 0, "totals": totals, "settings": settings}
-    checkpoint = max(out.glob("checkpoint-*"), default=None) if args.resume else None
-    if checkpoint:
-        progress |= json.loads((checkpoint / "progress.json").read_text())
-        totals = progress["totals"] = Counter(progress["totals"])
-        if changed := [f"--{k.replace('_', '-')} was {v}, is {settings.get(k)}"
-                       for k, v in progress["settings"].items() if settings.get(k) != v]:
-            raise ValueError(f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
-        load_checkpoint(checkpoint, model, optimizer)
-    gather("a barrier: all ranks have read")
-    if master:
-        kept = [row for _, row in read_rows(out / "log.jsonl") if row["step"] <= progress["step"]] if checkpoint else []
-        write_rows(out / "log.jsonl", kept)
-        for old in {*out.glob("checkpoint*"), *(() if checkpoint else out.glob("step-*"))} - {checkpoint}:
-            shutil.rmtree(old)
-    if not checkpoint:
+    progress = begin(out, args.resume, settings, model, optimizer)
+    totals = progress["totals"]
+    if not progress["step"]:
         labels = torch.cat([r.labels for r in data])
         seen = getattr(config, "pretraining_tokens", 18e12 if "Qwen2.5" in args.model else None)
         log("start", 0, rows=len(data), val_rows=len(val), dropped=len(found) + len(val_found) - len(data) - len(val),
@@ -359,13 +270,10 @@ def train(args, stop):
             pretraining_flops=6 * N * seen if seen else None)
         log("eval", 0, **evaluate(prm, val, val_plan, device, autocast, multiple))
     if master:
-        print(f"first row ({data[0].where}), tokens and the labels they carry:")
-        carried = dict(zip(data[0].positions.tolist(), data[0].labels.tolist()))
-        tokens = enumerate(prm.tokenizer.batch_decode([[i] for i in data[0].ids.tolist()]))
-        print(*(repr(token)[1:-1] + (f" <{carried[i]:g}>\n" if i in carried else "") for i, token in tokens))
+        print(f"first row ({data[0].where}), tokens and the labels they carry:\n{prm.label_text(*data[0][:3])}")
 
     # -------- the loop
-    peak = next((f for name, f in PEAK.items() if device.type == "cuda" and name in torch.cuda.get_device_name()), None)
+    peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(device)
     for step in range(progress["step"], len(plans)):
         started, micros = time.perf_counter(), plans[step] + [[]] * (-len(plans[step]) % world)
         M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks: each of them knows the plan
@@ -388,7 +296,7 @@ def train(args, stop):
         loss = sum(gather(float(loss_sum))) / M
         if not math.isfinite(loss + norm):  # the same on all ranks; the weights are still those of the step before
             bad = [data[rows[i]].where for rows, rows_M, z in bad for i in rows_M[~z.isfinite()].unique().tolist()]
-            bad = list(itertools.chain(*gather(bad))) or [data[i].where for rows in micros for i in rows]
+            bad = sum(gather(bad), []) or [data[i].where for rows in micros for i in rows]
             raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}, on {', '.join(bad[:8])}"
                              f"{' ...' if len(bad) > 8 else ''}. {out} keeps the best PRM and the last checkpoint")
         for g in optimizer.param_groups:
@@ -418,7 +326,7 @@ def train(args, stop):
             if better:
                 progress |= {"best": figures["loss"], "best_step": step + 1}
             if better or args.snapshots:
-                save_prm(out, prm, model, master, better, f"step-{step + 1:06d}" if args.snapshots else None)
+                save_prm(out, prm, model, better, f"step-{step + 1:06d}" if args.snapshots else None)
         if done or stopped:
             break
         told = any(gather(bool(stop)))  # asked last, so that a SIGTERM never costs another step
@@ -429,16 +337,10 @@ def train(args, stop):
             return None
 
     # -------- the end: the best PRM stays, what resuming needed goes
-    memory = (torch.cuda.max_memory_allocated() if device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     result = dict(best=progress["best"], best_step=progress["best_step"], stopped_early=stopped, **totals,
-                  peak_memory=memory)
+                  peak_memory=peak_memory(device))
     log("end", progress["step"], **result)
-    if master:
-        for old in out.glob("checkpoint*"):
-            shutil.rmtree(old)
-        print(f"the best PRM, of step {progress['best_step']}, is in {out}")
-    gather("a barrier: OUT is whole when any rank returns")
+    finish(out, progress)
     return result
 
 

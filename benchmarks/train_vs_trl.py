@@ -3,13 +3,15 @@
     pip install trl==1.13.0 accelerate                  # the last release that has PRMTrainer; only this needs it
     python benchmarks/train_vs_trl.py                   # 0.4 M and 10 M parameters, then how time scales
     python benchmarks/train_vs_trl.py --sizes 10M --rows 3200 --only ours-bf16 trl-defaults
+    python benchmarks/train_vs_trl.py --sizes 10M --seeds 8 --only ours ours-bf16       # is accuracy lost in bf16?
 
 Each contender runs in a process of its own and reports real (non-padding) tokens per CPU second of its training loop,
 its share of padding, and its accuracy on held-out steps after the same epochs. `trl-defaults` is PRMTrainer as it
 comes: bf16 autocast, gradient checkpointing, rows in random order. `trl-tuned` is fp32, without checkpointing, and
 with train_sampling_strategy="group_by_length". `ours` is fp32; with bf16 goes eager attention, whose backward is faster
 on a CPU; `compiled` starts from an empty cache and counts its compiling for training. All take 8 rows a step and the
-same peak learning rate.
+same peak learning rate. Accuracies of single runs scatter by some points: --seeds trains each several times, and prints
+means, ± one standard error over the runs.
 CPU time, not wall time: on a shared machine only the former repeats.
 """
 import argparse
@@ -24,6 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from search import mean_se  # noqa: E402
+
 #         hidden, layers, heads
 SIZES = {"0.4M": (128, 2, 4), "10M": (320, 6, 5)}
 CONTENDERS = {"trl-defaults": {}, "trl-tuned": dict(bf16=False, gradient_checkpointing=False, disable_dropout=False,
@@ -64,7 +68,7 @@ def make_model(folder, size):
 
 # ---------------------------------------------------------------- one contender, in its own process
 
-def run_trl(folder, size, options, epochs, lr):
+def run_trl(folder, size, options, epochs, lr, seed):
     from datasets import Dataset
     from transformers import (
         AutoModelForTokenClassification,
@@ -74,7 +78,7 @@ def run_trl(folder, size, options, epochs, lr):
         set_seed,
     )
     from trl.experimental.prm import PRMConfig, PRMTrainer
-    set_seed(0)
+    set_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(folder / size)
     model = AutoModelForTokenClassification.from_pretrained(folder / size, num_labels=2)
     rows, held = ([json.loads(line) for line in open(folder / f"{split}.jsonl")] for split in ("train", "test"))
@@ -97,7 +101,7 @@ def run_trl(folder, size, options, epochs, lr):
 
     config = PRMConfig(output_dir=str(folder / "trl"), per_device_train_batch_size=8, per_device_eval_batch_size=8,
                        learning_rate=lr, num_train_epochs=epochs, logging_strategy="no", report_to="none",
-                       save_strategy="no", use_cpu=True, disable_tqdm=True, seed=0, step_separator="\n",
+                       save_strategy="no", use_cpu=True, disable_tqdm=True, seed=seed, step_separator="\n",
                        max_length=1024, warmup_steps=0.05, lr_scheduler_type="cosine", **options)
     trainer = PRMTrainer(model=model, args=config, processing_class=tokenizer, data_collator=Count(tokenizer),
                          train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(held),
@@ -109,7 +113,7 @@ def run_trl(folder, size, options, epochs, lr):
                 accuracy=figures["eval_accuracy"], loss=figures["eval_loss"])
 
 
-def run_ours(folder, size, options, epochs, lr):
+def run_ours(folder, size, options, epochs, lr, seed=0):
     import train
     spans = []  # CPU times at which validation and saving began and ended: the loop is what lies between
 
@@ -125,7 +129,8 @@ def run_ours(folder, size, options, epochs, lr):
     out = folder / "ours"
     train.main(["--data", str(folder / "train.jsonl"), "--val-data", str(folder / "test.jsonl"), "--model",
                 str(folder / size), "--out", str(out), "--overwrite", "--batch-size", "8", "--accumulate", "1",
-                "--epochs", str(epochs), "--lr", str(lr), "--eval-every", "1000000", "--device", "cpu", *options])
+                "--epochs", str(epochs), "--lr", str(lr), "--eval-every", "1000000", "--device", "cpu",
+                "--seed", str(seed), *options])
     log = [json.loads(line) for line in open(out / "log.jsonl")]
     steps = [r for r in log if r["kind"] == "train"]
     last = [r for r in log if r["kind"] == "eval"][-1]
@@ -179,6 +184,18 @@ def scale(folder, sizes):
               f"efficiency {rates[2] / rates[1] / 2:.0%} (needs two idle cores)", flush=True)
 
 
+def contend(folder, size, name, seed, args):
+    """One run of one contender in a process of its own -> what its run_ function found, or None."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
+           "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{size}-{name}-{seed}")}  # compile from nothing
+    done = subprocess.run([sys.executable, __file__, "--epochs", str(args.epochs), "--lr", str(args.lr), "--worker",
+                           str(folder), size, name, str(seed)], capture_output=True, text=True, env=env)
+    found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if found:
+        return json.loads(found[0][7:])
+    print(f"{size:6} {name:20} seed {seed} failed: {done.stderr.strip().splitlines()[-1:]}", flush=True)
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=SIZES)
@@ -187,33 +204,28 @@ def main(argv=None):
     parser.add_argument("--rows", type=int, default=1600)
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)  # folder, size, contender
+    parser.add_argument("--seeds", type=int, default=1, help="training runs of each (1)")
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)  # folder, size, contender, seed
     args = parser.parse_args(argv)
     if args.worker:
         import torch
         torch.set_num_threads(1)
-        folder, size, name = args.worker
+        folder, size, name, seed = args.worker
         run = run_trl if name.startswith("trl") else run_ours
-        print("RESULT " + json.dumps(run(Path(folder), size, CONTENDERS[name], args.epochs, args.lr)))
+        print("RESULT " + json.dumps(run(Path(folder), size, CONTENDERS[name], args.epochs, args.lr, int(seed))))
         return
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_rows(folder, args.rows)
-        print("size   contender      tokens/CPU s  padding accuracy    loss   CPU s", flush=True)
+        print("size   contender            tokens/CPU s  padding        accuracy            loss   CPU s", flush=True)
         for size in args.sizes:
             make_model(folder, size)
             for name in [] if args.scale else args.only:
-                env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1",
-                       "TORCHINDUCTOR_CACHE_DIR": str(folder / f"{size}-{name}")}  # compile from nothing
-                done = subprocess.run([sys.executable, __file__, "--epochs", str(args.epochs), "--lr", str(args.lr),
-                                       "--worker", str(folder), size, name], capture_output=True, text=True, env=env)
-                found = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-                if not found:
-                    print(f"{size:6} {name:14} failed: {done.stderr.strip().splitlines()[-1:]}")
-                    continue
-                r = json.loads(found[0][7:])
-                print(f"{size:6} {name:14} {r['tokens'] / r['cpu']:12.0f} {r['padding']:8.1%} {r['accuracy']:8.3f} "
-                      f"{r['loss']:7.3f} {r['cpu']:7.1f}", flush=True)
+                if runs := [r for seed in range(args.seeds) if (r := contend(folder, size, name, seed, args))]:
+                    tokens, cpu, padding = (sum(r[k] for r in runs) for k in ("tokens", "cpu", "padding"))
+                    means = [mean_se([r[k] for r in runs]) for k in ("accuracy", "loss")]
+                    print(f"{size:6} {name:20} {tokens / cpu:12.0f} {padding / len(runs):8.1%}"
+                          + "".join(f"   {m:.3f} ± {se:.3f}" for m, se in means) + f" {cpu:7.1f}", flush=True)
         scale(folder, args.sizes)
 
 

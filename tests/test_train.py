@@ -262,7 +262,7 @@ def fails(capsys, message, argv):
     (["--data", "nothing.jsonl"], "nothing.jsonl: no such file"),
     (["--val-fraction", "0"], "validation would be empty"), (["--val-fraction", "1"], "training would be empty"),
     (["--max-length", "5"], "no row has a label within 5 tokens"),
-    (["--batch-size", "0"], "--batch-size must be at least 1"), (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--batch-size", "0"], "--batch-size must be positive"), (["--model", "nowhere"], "nowhere: no such folder"),
     (["--fsdp"], "--fsdp needs torchrun"),
 ])
 def test_bad_flags(home, tmp_path, capsys, more, message):
@@ -410,12 +410,14 @@ def test_truncated_rows_train_without_nan(home, tmp_path):
 
 
 def test_frozen_backbone(home, tmp_path):
-    train.main(flags(home, tmp_path / "out", "--freeze-backbone", "--lr", 0.01))
+    train.main(flags(home, tmp_path / "out", "--freeze-backbone", "--lr", 0.01, "--peak-tflops", 0.001))
     before, after = load_prm(home / "model", fresh=True), load_prm(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(before.backbone.parameters(), after.backbone.parameters()))
     assert not torch.equal(before.head[0].weight, after.head[0].weight)
     start, end = read_log(tmp_path / "out", "start")[0], read_log(tmp_path / "out", "end")[0]
     assert end["flops"] == 2 * start["N"] * end["tokens"]  # no backward
+    first = read_log(tmp_path / "out")[0]
+    assert first["mfu"] == pytest.approx(first["flops_with_attention"] / first["seconds"] / 1e9)
     train.main([*flags(home, tmp_path / "more"), "--model", str(tmp_path / "out")])  # a PRM can be trained on
     assert read_log(tmp_path / "more", "eval")[0]["loss"] == pytest.approx(
         min(r["loss"] for r in read_log(tmp_path / "out", "eval")[1:]), abs=1e-5)
