@@ -348,7 +348,7 @@ def parallel(function, jobs, workers=None, progress=False):
     todo = dict(zip(keys, jobs))
     with ThreadPoolExecutor(max(1, min(workers or cores(), len(todo)))) as threads:
         results = threads.map(lambda job: function(*job), todo.values())
-        done = dict(zip(todo, tqdm(results, total=len(todo), disable=not progress, desc="judge")))
+        done = dict(zip(todo, tqdm(results, "judge", len(todo), disable=None if progress and todo else True)))
     return [done[key] for key in keys]
 
 

@@ -59,7 +59,7 @@ def hub_rows(name, *where, **keywords):
     try:
         rows = datasets.load_dataset(*where, **keywords)
     except Exception as error:  # the hub client raises many kinds; each of them means that there is no data
-        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
         raise ConnectionError(f"cannot load {name} from the hub: {why}. Pass a local copy: --data FILE (annotate.py: "
                               "--task-data FILE), .jsonl, .json or .gz") from None
     return ((f"{name}:{n}", row) for n, row in enumerate(rows, 1))

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -166,6 +167,15 @@ def test_split_by_problem_and_shares(home, tmp_path):
     sampled = load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0)
     assert len({where for where, _ in sampled}) == 20
     assert sampled == load_data([f"{home}/rows.jsonl"], "auto", "good", 20, 0)
+
+
+def test_a_set_as_the_hub_has_it(home, tmp_path, monkeypatch):
+    """A folder with data/train-*.parquet: datasets.load_dataset takes the same way as for trl-lib/math_shepherd."""
+    rows = [row for _, row in read_set(f"{home}/rows.jsonl")][:3]
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
+    name = str(tmp_path / "hub")
+    assert list(read_set(name)) == [(f"{name}:{n}", row) for n, row in enumerate(rows, 1)]
 
 
 # ---------------------------------------------------------------- the two original schemas
