@@ -28,7 +28,7 @@ import annotate  # noqa: E402
 import tasks  # noqa: E402
 from evaluate import interval  # noqa: E402
 from policy import load_policy  # noqa: E402
-from rows import command_line, need_folder, read_rows  # noqa: E402
+from rows import command_line, first_wrong, need_folder, read_rows  # noqa: E402
 from tiny import world  # noqa: E402
 
 
@@ -37,14 +37,18 @@ def problem_of(solution_id):
     return solution_id.rpartition("-")[0]
 
 
-def world_problems(records):
-    """{id: problem} of all problems that the records are solutions of, made again from their ids."""
-    largest = Counter()
+def read_votes(file):
+    """The solutions that were voted on, each with its problem, made again from the id, and the truth of its steps."""
+    records, largest = [r for _, r in read_rows(file) if r["votes"]], Counter()
     for r in records:
         _, domain, split, seed, i = problem_of(r["id"]).split("-")
         largest[domain, split, seed] = max(largest[domain, split, seed], int(i) + 1)
-    return {p["id"]: p for (domain, split, seed), n in largest.items()
-            for p in world.problems(domain, split, n, seed=int(seed))}
+    problems = {p["id"]: p for (domain, split, seed), n in largest.items()
+                for p in world.problems(domain, split, n, seed=int(seed))}
+    for r in records:
+        r["problem"] = problems[problem_of(r["id"])]
+        r["true"] = world.grade(r["problem"], r["completions"])
+    return records
 
 
 def ratio(parts):
@@ -53,12 +57,11 @@ def ratio(parts):
 
 
 def noise(opinions):
-    """opinions: [(problem, first wrong step said, true labels)] -> {problem: [(wrong labels, labels, wrong place)]}"""
+    """opinions: [(record, first wrong step said)] -> {problem: [(wrong labels, labels, wrong place)]}"""
     found = defaultdict(list)
-    for problem, said, true in opinions:
-        labels = [said < 0 or t < said for t in range(len(true))]
-        place = true.index(False) if False in true else -1
-        found[problem].append((sum(a != b for a, b in zip(labels, true)), len(true), said != place))
+    for r, said in opinions:
+        wrong = sum((said < 0 or t < said) != y for t, y in enumerate(r["true"]))
+        found[r["problem"]["id"]].append((wrong, len(r["true"]), said != first_wrong(r["true"])))
     return found
 
 
@@ -87,65 +90,55 @@ def reduction(singles, consensus):
     return {"average": against(statistics.fmean), "best": against(min)}
 
 
-def measure(domain, records, problems, how):
+def measure(domain, records, how):
     """Noise of each voter and of the consensus over the solutions of one domain that were voted on."""
-    voted = [(r, world.grade(problems[problem_of(r["id"])], r["completions"])) for r in records if r["votes"]]
-    names = list(voted[0][0]["votes"])
-    print(f"\n{domain}: {len(voted)} solutions of {len({problem_of(r['id']) for r, _ in voted})} problems\n"
+    names = list(records[0]["votes"])
+    print(f"\n{domain}: {len(records)} solutions of {len({r['problem']['id'] for r in records})} problems\n"
           f"   {'':<34}{'label noise':>17}   {'wrong position':>17}   solutions")
-    singles = [noise((problem_of(r["id"]), r["votes"][n], true) for r, true in voted if r["votes"][n] is not None)
-               for n in names]
+    singles = [noise((r, r["votes"][n]) for r in records if r["votes"][n] is not None) for n in names]
     out = {n: line(f"LLM {n} alone", found) for n, found in zip(names, singles)}
-    kept = [(r, annotate.consensus([r["votes"][n] for n in names], how), true) for r, true in voted]
-    kept = [(problem_of(r["id"]), place, true) for r, place, true in kept if place is not None]
+    kept = [(r, annotate.consensus(list(r["votes"].values()), how)) for r in records]
+    kept = [(r, place) for r, place in kept if place is not None]
     agreed = noise(kept)
-    out["consensus"] = line(f"consensus ({how})", agreed, f"   kept {len(kept) / len(voted):.3f}")
+    out["consensus"] = line(f"consensus ({how})", agreed, f"   kept {len(kept) / len(records):.3f}")
     for against, (value, low, high) in reduction(singles, agreed).items():
         print(f"   consensus cuts the label noise of the {against} LLM by {value:.1%} ({low:.1%} to {high:.1%})")
         out[f"cut against the {against}"] = {"value": value, "low": low, "high": high}
-    healed = statistics.fmean(any(a < b for a, b in zip(true, true[1:])) for _, true in voted)
-    lucky = statistics.fmean(r["correct"] and False in true for r, true in voted)
+    healed = statistics.fmean(any(a < b for a, b in zip(r["true"], r["true"][1:])) for r in records)
+    lucky = statistics.fmean(r["correct"] and False in r["true"] for r in records)
     print(f"   wrong does not stay wrong in {healed:.2%} of the solutions; {lucky:.2%} end right after a wrong step")
-    out |= {"healed": healed, "lucky": lucky, "kept": len(kept) / len(voted)}
+    out |= {"healed": healed, "lucky": lucky, "kept": len(kept) / len(records)}
     return out
 
 
-def searches(domain, records, problems, policy, k, chunk=400):
+def searches(records, policy, k, chunk=400):
     """What linear scan, binary search and early stopping cost and err, by one LLM on the same solutions."""
     print(f"   {'':<34}{'label noise':>17}   {'wrong position':>17}   solutions   rollouts a solution")
     out, base = {}, None
     for name, options in {"linear scan": {"search": "linear", "stop": "none"}, "binary search": {"stop": "none"},
                           "binary search, early stopping": {}, "... neighbours verified": {"verify_neighbours": True}
                           }.items():
-        opinions, rollouts = [], []
-        voted = [r for r in records if r["votes"]]
-        for a in range(0, len(voted), chunk):
-            some = voted[a:a + chunk]
-            jobs = [(tasks.Problem(p["id"], p["question"], domain, p.get("answer"), p.get("tests"), p["meta"]),
-                     r["completions"], r["correct"]) for r in some for p in [problems[problem_of(r["id"])]]]
-            for r, found in zip(some, annotate.vote(policy, jobs, k=k, **options)):
-                rollouts.append(found["rollouts"])
-                if found["first_error"] is not None:
-                    opinions.append((problem_of(r["id"]), found["first_error"], world.grade(
-                        problems[problem_of(r["id"])], r["completions"])))
-        mean, low, high = interval(rollouts)
+        found = []
+        for a in range(0, len(records), chunk):
+            found += annotate.vote(policy, [(tasks.own_row(r["problem"], 0), r["completions"], r["correct"])
+                                            for r in records[a:a + chunk]], k=k, **options)
+        opinions = [(r, x["first_error"]) for r, x in zip(records, found) if x["first_error"] is not None]
+        mean, low, high = interval([x["rollouts"] for x in found])
         base = base or mean
         out[name] = line(name, noise(opinions), f"   {mean:.2f} ± {(high - low) / 2:.2f} ({mean / base:.0%})")
         out[name] |= {"rollouts": mean, "rollouts low": low, "rollouts high": high, "of linear": mean / base}
     return out
 
 
-def write(records, problems, how, folder, seed):
+def write(records, how, folder, seed):
     """Label sets of the same solutions' voters, drawn at random to the size of the smallest."""
     sets = defaultdict(list)
     for r in records:
-        if r["votes"]:
-            true = world.grade(problems[problem_of(r["id"])], r["completions"])
-            agreed = annotate.consensus(list(r["votes"].values()), how)
-            sets["truth"].append((r, true))
-            for name, said in [*r["votes"].items(), ("consensus", agreed), (r["domain"], agreed)]:
-                if said is not None:
-                    sets[name].append((r, [said < 0 or t < said for t in range(len(true))]))
+        agreed = annotate.consensus(list(r["votes"].values()), how)
+        sets["truth"].append((r, r["true"]))
+        for name, said in [*r["votes"].items(), ("consensus", agreed), (r["domain"], agreed)]:
+            if said is not None:
+                sets[name].append((r, [said < 0 or t < said for t in range(len(r["true"]))]))
     folder.mkdir(parents=True, exist_ok=True)
     domains = {"math", "code"} & set(sets)
     for together in (set(sets) - domains, domains):
@@ -173,20 +166,18 @@ def main(argv=None):
     args = parser.parse_args(argv)
     need_folder(parser, args, "json")
     try:
-        records = [r for _, r in read_rows(args.votes)]
-        problems = world_problems(records)
+        records = read_votes(args.votes)
     except (ValueError, OSError, KeyError) as error:
         parser.error(f"{args.votes}: not votes on the tiny world's problems ({error})")
     policy, out = load_policy(args.policy, seed=args.seed) if args.searches else None, {}
     for domain in ("math", "code"):
         mine = [r for r in records if r["domain"] == domain]
         if mine:
-            out[domain] = measure(domain, mine, problems, args.consensus)
+            out[domain] = measure(domain, mine, args.consensus)
             if args.searches:
-                some = [r for r in mine if r["votes"]][:args.limit]
-                out[domain]["searches"] = searches(domain, some, problems, policy, args.k)
+                out[domain]["searches"] = searches(mine[:args.limit], policy, args.k)
     if args.write:
-        write(records, problems, args.consensus, args.write, args.seed)
+        write(records, args.consensus, args.write, args.seed)
     if args.json:
         Path(args.json).write_text(json.dumps(out, indent=1) + "\n")
 
