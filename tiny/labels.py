@@ -28,25 +28,21 @@ import annotate  # noqa: E402
 import tasks  # noqa: E402
 from evaluate import interval  # noqa: E402
 from policy import load_policy  # noqa: E402
-from rows import command_line, first_wrong, need_folder, read_rows  # noqa: E402
+from rows import command_line, first_wrong, need_folder, read_rows, write_rows  # noqa: E402
 from tiny import world  # noqa: E402
 
 
-def problem_of(solution_id):
-    """"tiny-math-train-0-17-3" -> the world's problem 17 of that split and seed (without sample 3)."""
-    return solution_id.rpartition("-")[0]
-
-
 def read_votes(file):
-    """The solutions that were voted on, each with its problem, made again from the id, and the truth of its steps."""
+    """The solutions that were voted on, each with its problem, made again from the id, and the truth of its steps.
+    "tiny-math-train-0-17-3" is sample 3 of the world's problem 17 of that split and seed 0."""
     records, largest = [r for _, r in read_rows(file) if r["votes"]], Counter()
     for r in records:
-        _, domain, split, seed, i = problem_of(r["id"]).split("-")
+        _, domain, split, seed, i, _ = r["id"].split("-")
         largest[domain, split, seed] = max(largest[domain, split, seed], int(i) + 1)
     problems = {p["id"]: p for (domain, split, seed), n in largest.items()
                 for p in world.problems(domain, split, n, seed=int(seed))}
     for r in records:
-        r["problem"] = problems[problem_of(r["id"])]
+        r["problem"] = problems[r["id"].rpartition("-")[0]]
         r["true"] = world.grade(r["problem"], r["completions"])
     return records
 
@@ -144,11 +140,10 @@ def write(records, how, folder, seed):
     for together in (set(sets) - domains, domains):
         size = min((len(sets[name]) for name in together), default=0)
         for name in sorted(together):
-            with open(folder / f"rows-{name}.jsonl", "w", encoding="utf-8") as file:
-                for r, labels in random.Random(f"{seed}").sample(sets[name], size):
-                    row = {"id": r["id"], "domain": r["domain"], "source": f"{r['source']}, labels: {name}",
-                           "prompt": r["prompt"], "completions": r["completions"], "labels": labels}
-                    file.write(json.dumps(row) + "\n")
+            write_rows(folder / f"rows-{name}.jsonl", [
+                {"id": r["id"], "domain": r["domain"], "source": f"{r['source']}, labels: {name}",
+                 "prompt": r["prompt"], "completions": r["completions"], "labels": labels}
+                for r, labels in random.Random(f"{seed}").sample(sets[name], size)])
             print(f"rows-{name}.jsonl: {size} of {len(sets[name])} solutions")
 
 
