@@ -49,12 +49,8 @@ CODE = {"drop_first": ("{x} without its first {n} items", "{x}[{n}:]"),
         "reverse": ("{x} in reverse", "{x}[::-1]"),
         "up": ("{x} sorted upwards", "sorted({x})"),
         "down": ("{x} sorted downwards", "sorted({x})[::-1]")}
-LISTS = {"drop_first": lambda xs, n: xs[n:], "keep_first": lambda xs, n: xs[:n], "drop_last": lambda xs, n: xs[:-n],
-         "keep_last": lambda xs, n: xs[-n:], "add": lambda xs, n: [v + n for v in xs],
-         "subtract": lambda xs, n: [v - n for v in xs], "more": lambda xs, n: [v for v in xs if v > n],
-         "at_least": lambda xs, n: [v for v in xs if v >= n], "less": lambda xs, n: [v for v in xs if v < n],
-         "at_most": lambda xs, n: [v for v in xs if v <= n], "reverse": lambda xs, n: xs[::-1],
-         "up": lambda xs, n: sorted(xs), "down": lambda xs, n: sorted(xs)[::-1]}
+# the same expressions as functions of (xs, n)
+LISTS = {kind: eval("lambda xs, n: " + code.format(x="xs", n="n")) for kind, (_, code) in CODE.items()}
 RETURNS = {"sum": ("the sum of {x}", "sum({x})"), "len": ("the number of items of {x}", "len({x})"),
            "all": ("{x}", "{x}")}
 # Operations per problem, the knob of difficulty. Test problems are such that the shipped policy solves 30 to 60 %.
