@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers import models as bpe
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 from prm_model import load_prm  # noqa: E402
 from tiny import world  # noqa: E402
 
-SEPARATOR = "\n"
+SEPARATOR = "\n"  # the last step is followed by the end-of-text token instead
 # cycles: optimizer steps of each cosine cycle (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983)
 #        author    hidden layers heads cycles  batch seed
 MODELS = {
@@ -50,17 +51,12 @@ MODELS = {
 STAGES = ["tokenizer", *MODELS, "rows", "prm"]
 
 
-def solution_text(steps):
-    """The last step is followed by the end-of-text token instead of a separator."""
-    return SEPARATOR.join(steps)
-
-
 def make_tokenizer(out):
     """Byte-level BPE over words, single digits and line ends: every word of the world becomes one token."""
     rng, text = random.Random(0), []
     for domain in ("math", "code"):
         for p in world.problems(domain, "train", 3000, seed=99, strict=False):
-            text.append(p["question"] + SEPARATOR + solution_text(world.write(p, "careful", rng)))
+            text.append(p["question"] + SEPARATOR + SEPARATOR.join(world.write(p, "careful", rng)))
     tokenizer = Tokenizer(bpe.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(r"\n|\d| ?[A-Za-z]+|[^\sA-Za-z\d]+|\s"), behavior="isolated"),
@@ -72,36 +68,29 @@ def make_tokenizer(out):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(out)
 
 
-def get_batch(author, tokenizer, rng, stream, size):
-    """size texts, half of each domain -> ids (B, T), targets (B, T) with -100 on questions and padding."""
+def get_batch(author, tokenizer, rng, seed, size):
+    """size texts, half of each domain -> [(token ids, how many of them are the question)]."""
     rows = []
     for domain in ("math", "code"):
-        for _ in range(size // 2):
-            p = next(stream[domain])
-            rows.append((p["question"] + SEPARATOR, solution_text(world.write(p, author, rng))))
-    questions = tokenizer([q for q, _ in rows])["input_ids"]
-    solutions = tokenizer([s for _, s in rows])["input_ids"]
-    width = max(len(q) + len(s) + 1 for q, s in zip(questions, solutions))
-    ids = torch.full((size, width), tokenizer.pad_token_id)
-    targets = torch.full((size, width), -100)
-    for i, (q, s) in enumerate(zip(questions, solutions)):
-        row = torch.tensor(q + s + [tokenizer.eos_token_id])
-        ids[i, :len(row)] = row
-        targets[i, len(q) - 1:len(row) - 1] = row[len(q):]
-    return ids, targets
+        for p in world.problems(domain, "train", size // 2, seed=seed, strict=False):
+            question = tokenizer(p["question"] + SEPARATOR)["input_ids"]
+            solution = tokenizer(SEPARATOR.join(world.write(p, author, rng)))["input_ids"]
+            rows.append((torch.tensor(question + solution + [tokenizer.eos_token_id]), len(question)))
+    return rows
 
 
-def backward(model, ids, targets, rows=16):
+def backward(model, rows, at_once=16):
     """Mean next-token loss on the solutions, and its gradients. Rows of similar length go together: code is shorter
     than math, and 43 % of the batch would be padding. The head runs on the solutions' positions only."""
-    keep, total, loss = targets != -100, (targets != -100).sum(), 0.0
-    lengths = keep.flip(1).int().argmax(1).neg() + ids.shape[1]
-    for part in lengths.argsort().split(rows):
-        width = int(lengths[part].max())
-        hidden = model.model(input_ids=ids[part, :width], use_cache=False).last_hidden_state  # causal: no mask needed
-        mine = keep[part, :width]
-        logits = model.lm_head(hidden[mine])
-        part_loss = F.cross_entropy(logits, targets[part, :width][mine], reduction="sum") / total
+    lengths, starts = torch.tensor([len(ids) for ids, _ in rows]), torch.tensor([start for _, start in rows])
+    total, loss = (lengths - starts).sum(), 0.0
+    for part in lengths.argsort().split(at_once):
+        ids = pad_sequence([rows[i][0] for i in part], batch_first=True)
+        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # causal: no mask needed
+        next_at = torch.arange(1, ids.shape[1])
+        keep = (next_at >= starts[part, None]) & (next_at < lengths[part, None])
+        logits = model.lm_head(hidden[keep])
+        part_loss = F.cross_entropy(logits, ids[:, 1:][keep], reduction="sum") / total
         part_loss.backward()
         loss += part_loss.item()
     return loss
@@ -144,13 +133,12 @@ def train_lm(name, tokenizer, out):
         for group in optimizer.param_groups:
             group["lr"] = lr
         rng = random.Random(f"{name} {seed} {step}")  # batch `step` is the same whether or not the run was interrupted
-        stream = {d: world.problems(d, "train", seed=f"{name} {step}", strict=False) for d in ("math", "code")}
-        ids, targets = get_batch(author, tokenizer, rng, stream, size)
-        loss = backward(model, ids, targets)
+        rows = get_batch(author, tokenizer, rng, f"{name} {step}", size)
+        loss = backward(model, rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens += int((ids != tokenizer.pad_token_id).sum())
+        tokens += sum(len(ids) for ids, _ in rows)
         running = loss if running is None else 0.95 * running + 0.05 * loss
         if step % 50 == 0 or step == steps - 1:
             print(f"{name} step {step} loss {running:.4f} lr {lr:.5f} {tokens / (time.time() - started):.0f} tokens/s "
