@@ -285,7 +285,7 @@ def sample(logits, keys, t, temperature, top_p):
 
 
 class Policy:
-    """A causal LM that proposes steps. Counters (generated, prefilled, seconds) only ever grow."""
+    """A causal LM that proposes steps. Counters (generated, prefilled) only ever grow."""
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0, max_step_tokens=512,
                  max_steps=40, max_solution_tokens=2048, max_batch_tokens=65536, name="policy"):
@@ -305,7 +305,7 @@ class Policy:
         closing[[i for i, s in enumerate(strings) if separator[-1] in s]] = True
         self.closing, self.closing_ids = closing.to(model.device), set(closing.nonzero()[:, 0].tolist())
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
-        self.generated = self.prefilled = self.seconds = 0
+        self.generated = self.prefilled = 0
 
     def root(self, problem_id, question, domain="math"):
         """The prompt of a problem as a node. The seed and the problem's id fix all that is sampled below it."""
@@ -337,7 +337,6 @@ class Policy:
 
     @torch.inference_mode()
     def _generate(self, nodes, n, whole):
-        started = time.perf_counter()
         bad = next((node for node in nodes if node.end), None)
         if bad is not None:
             raise ValueError(f"cannot continue a solution that has ended ({bad.end}): {bad.text!r}")
@@ -352,7 +351,6 @@ class Policy:
         for batch in chunks(jobs, width, self.max_batch_tokens):
             for job, (ids, logps, kv) in zip(batch, self._sample_rows(batch, whole, limit)):
                 made[job] = self._nodes(job[0], job[1], ids, logps, kv, whole)
-        self.seconds += time.perf_counter() - started
         return [[made[node, key] for key in keys] for node, keys in groups]
 
     def _sample_rows(self, batch, whole, limit):
@@ -460,7 +458,7 @@ class ServerPolicy:
         self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
         self.max_step_tokens, self.max_steps, self.max_solution_tokens = max_step_tokens, max_steps, max_solution_tokens
         self.retries, self.pool, self.returns_stop = retries, ThreadPoolExecutor(32), False
-        self.generated = self.prefilled = self.seconds = 0
+        self.generated = self.prefilled = 0
 
     root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
 
@@ -468,11 +466,9 @@ class ServerPolicy:
         return ()  # the server has the tokens
 
     def _generate(self, nodes, n, whole):
-        started = time.perf_counter()
         groups = list(self.pool.map(lambda job: self._sample(*job, whole), next_keys(nodes, n)))
         # counted here, not by the threads, whose += could overwrite each other's
         self.generated += sum(end.tokens() - node.tokens() for node, group in zip(nodes, groups) for end in group)
-        self.seconds += time.perf_counter() - started
         return groups
 
     def _sample(self, parent, keys, whole):
