@@ -31,7 +31,6 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import Cache, DynamicLayer
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
 INSTRUCTION = {"math": "Solve step by step, with an empty line between steps. "
@@ -104,26 +103,9 @@ def chat_prompt(tokenizer, question, domain, tokenize):
 
 # ---------------------------------------------------------------- the tree cache
 
-class RoomyLayer(DynamicLayer):
-    """A cache layer with room for the tokens to come: appending writes in place, where DynamicLayer copies it all."""
-
-    def __init__(self, keys, values, length):
-        super().__init__()
-        self.roomy_keys, self.roomy_values, self.length = keys, values, length  # (B, H, room, D), used up to length
-        self.is_initialized = True
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        start, self.length = self.length, self.length + key_states.shape[2]
-        self.roomy_keys[:, :, start:self.length] = key_states
-        self.roomy_values[:, :, start:self.length] = value_states
-        return self.roomy_keys[:, :, :self.length], self.roomy_values[:, :, :self.length]
-
-    def get_seq_length(self):
-        return self.length
-
-
 class Rows:
-    """A batch of paths laid side by side, padded on the left, for one model: what one forward works on."""
+    """A batch of paths laid side by side, padded on the left, for one model: what one forward works on. To the model it
+    is the cache, with room for the tokens to come: appending writes in place, where DynamicCache copies it all."""
 
     def __init__(self, model, name, paths, room):
         """paths: B lists of nodes whose keys and values are known; room: new tokens that will be appended."""
@@ -145,7 +127,6 @@ class Rows:
     def append(self, ids, mask=None):
         """Run the model on ids (B, M), padding on the right where mask (B, M) is False -> hidden states (B, M, h)."""
         M, start = ids.shape[1], self.length
-        cache = Cache(layers=[RoomyLayer(k, v, start) for k, v in self.kv])
         self.mask[:, start:start + M] = True if mask is None else mask
         seen = self.mask[:, None, None, :start + M]
         if M > 1:
@@ -154,10 +135,16 @@ class Rows:
             # The padding's own rows would attend to nothing, which is NaN in some kernels: let them see themselves.
             seen = seen | torch.eye(M, start + M, dtype=torch.bool, device=ids.device).roll(start, dims=1)
         positions = self.position[:, None] + torch.arange(M, device=ids.device)
-        out = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache,
+        out = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=self,
                          use_cache=True)
         self.position, self.length = self.position + (M if mask is None else mask.sum(1)), start + M
         return out.last_hidden_state
+
+    def update(self, keys, values, layer, *args, **kwargs):
+        """Called by the attention of each layer: its new keys and values (B, H, M, D) -> all so far."""
+        end = self.length + keys.shape[2]
+        self.kv[layer, 0, :, :, self.length:end], self.kv[layer, 1, :, :, self.length:end] = keys, values
+        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
 
     def new_kv(self, row, n):
         """Keys and values of the first n appended tokens of a row: (n, L, 2, H, D), a copy that outlives the batch."""
