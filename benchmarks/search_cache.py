@@ -33,7 +33,7 @@ class ReEncoding:
 
     def propose(self, nodes, counts):
         """Each candidate is a prompt of its own, from the question's first token on."""
-        flat = [Node(n.root().text, ids=[i for x in [n.root(), *n.path()] for i in x.ids], key=n.key, drawn=n.drawn + j,
+        flat = [Node(n.root().text, ids=[i for x in n.line() for i in x.ids], key=n.key, drawn=n.drawn + j,
                      depth=n.depth, domain=n.domain) for n, count in zip(nodes, counts) for j in range(count)]
         found = iter(self.policy.propose(flat, 1))
         groups = [[child for _ in range(count) for child in next(found)] for count in counts]
@@ -66,17 +66,14 @@ def compare(name, policy_of, prm, problems):
     policy = policy_of()
     cached, seconds = run(policy, prm, problems)
     prm_tokens, prefilled = prm.tokens, policy.prefilled
-    held = sum(t.numel() * t.element_size() for s in cached for n in {s.root, *(x for y in s.tried for x in y.path())}
-               for t in n.kv.values())
-    lengths = sum(len(t) for s in cached for n in {s.root, *(x for y in s.tried for x in y.path())}
-                  for t in n.kv.values())
+    nodes = {n for s in cached for leaf in [s.root, *s.tried] for n in leaf.line()}
+    held = [t for n in nodes for t in n.kv.values()]
     prm.tokens = 0
     plain = policy_of()
     other = ReEncoding(plain, prm)
     other.root = plain.root
     slow, slow_seconds = run(other, other, problems)
-    mine = [(n.text, n.p) for s in cached for n in s.tried]
-    theirs = [(n.text, n.p) for s in slow for n in s.tried]
+    mine, theirs = ([(n.text, n.p) for s in searches for n in s.tried] for searches in (cached, slow))
     same = [a for a, _ in mine] == [b for b, _ in theirs]
     apart = max((abs(a - b) for (_, a), (_, b) in zip(mine, theirs)), default=0.0) if same else float("nan")
     config = policy.model.config
@@ -87,9 +84,9 @@ def compare(name, policy_of, prm, problems):
                        ("seconds", seconds, slow_seconds)):
         print(f"{what:<24}{a:>12,.1f}{b:>12,.1f}{b / a:>8.1f}")
     print(f"same candidates: {same}; largest difference of scores {apart:.1e}")
-    print(f"cache of the whole tree, nothing pruned: {held / 2**20:.1f} MiB = {lengths:,} tokens (both models) x 2 x "
-          f"layers {config.num_hidden_layers} x kv heads {config.num_key_value_heads} x head dimension "
-          f"{config.hidden_size // config.num_attention_heads} x 4 bytes")
+    print(f"cache of the whole tree, nothing pruned: {sum(t.nbytes for t in held) / 2**20:.1f} MiB = "
+          f"{sum(map(len, held)):,} tokens (both models) x 2 x layers {config.num_hidden_layers} x kv heads "
+          f"{config.num_key_value_heads} x head dimension {config.hidden_size // config.num_attention_heads} x 4 bytes")
 
 
 def best_of_n(problems, n):
