@@ -108,9 +108,8 @@ def train_lm(name, tokenizer, out):
         num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=512, rope_theta=10000.0,
         tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, step_separator=SEPARATOR))
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
+    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
+                                    "weight_decay": 0.1 * matrix} for matrix in (True, False)],
                                   lr=lr_max, betas=(0.9, 0.98), fused=True)
     partial, first, seconds, seen = out / f"{name}.partial", 0, 0.0, 0
     if partial.exists():

@@ -83,7 +83,7 @@ def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
         rng = random.Random(f"{domain} {split} {seed} {steps} {i}")
         fewest, most = steps or STEPS[split][domain]
         while True:
-            p = _draw(domain, rng, fewest, most)
+            p = (_draw_math if domain == "math" else _draw_code)(rng, rng.randint(fewest, most))
             meta = p["meta"]
             digest = hashlib.blake2b(repr(meta).encode(), digest_size=2).digest()
             if (digest[0] < 26) == (split == "test"):  # one problem in ten belongs to the test split
@@ -93,11 +93,6 @@ def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
         p["meta"]["prompt"] = p["meta"].get("starter")  # the name tasks.py knows; not hashed, splits would change
         yield {"id": f"tiny-{domain}-{split}-{seed}-{i}", **p}
         i += 1
-
-
-def _draw(domain, rng, fewest, most):
-    n = rng.randint(fewest, most)
-    return _draw_math(rng, n) if domain == "math" else _draw_code(rng, n)
 
 
 def apply_math(x, kind, n):
@@ -184,16 +179,14 @@ def _write_math(meta, author, rng):
         kind, n = meta["ops"][k]
         line = MONTHS[k] + ": {}{}{}={}"
         sign = MATH[kind][1]
-        good = line.format(x, sign, n, apply_math(x, kind, n))
         habit, wrong = _habit_math(x, kind, n)
-        y = apply_math(x, kind, n)
+        y = y_bad = apply_math(x, kind, n)
+        good = bad = line.format(x, sign, n, y)
         if rng.random() < author["habits"].get(habit, 0):
             bad, y_bad = line.format(x, sign, n, wrong), wrong
         elif rng.random() < author["slip"]:
             bad, y_bad = _slip_math(meta, k, x, line, rng)
-        else:
-            bad = None
-        if bad is None or bad == good or y_bad < 0:
+        if bad == good or y_bad < 0:
             steps.append(good)
         elif rng.random() < author["fix"]:
             steps += [bad, "Wait, " + good]
@@ -209,13 +202,11 @@ def _write_math(meta, author, rng):
 def _slip_math(meta, k, x, line, rng):
     """A random mistake at operation k on value x: (line, its result)."""
     kind, n = meta["ops"][k]
-    sign, what = MATH[kind][1], rng.random()
-    habit, wrong = _habit_math(x, kind, n)
-    if habit and what < 0.6:
-        return line.format(x, sign, n, wrong), wrong
-    if what < 0.6:                                                       # miscounts
-        y = apply_math(x, kind, n) + rng.choice([-10, -2, -1, 1, 2, 10])
-        return line.format(x, sign, n, y), y
+    what = rng.random()
+    if what < 0.6:                                                       # errs as somebody's habit is, or miscounts
+        habit, wrong = _habit_math(x, kind, n)
+        y = wrong if habit else apply_math(x, kind, n) + rng.choice([-10, -2, -1, 1, 2, 10])
+        return line.format(x, MATH[kind][1], n, y), y
     if what < 0.75:                                                      # misreads the number
         n = rng.randint(2, 9)
     elif what < 0.85:                                                    # misreads the verb
@@ -236,13 +227,13 @@ def _code_line(k, kind, n, source=None):
 def _write_code(meta, author, rng):
     steps, ops = [], meta["ops"]
     for k, (kind, n) in enumerate(ops):
-        good, bad = _code_line(k, kind, n), None
+        good = bad = _code_line(k, kind, n)
         swap = next((h for h in author["habits"] if kind in SWAPS.get(h, ())), None)
         if swap and rng.random() < author["habits"][swap]:
             bad = _code_line(k, SWAPS[swap][kind], n)
         elif rng.random() < author["slip"]:
             bad = _slip_code(ops, k, rng)
-        if bad is None or bad == good:
+        if bad == good:
             steps.append(good)
         elif rng.random() < author["fix"]:
             steps += [bad, good + "  # wait"]
