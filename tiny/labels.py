@@ -20,6 +20,7 @@ import random
 import statistics
 import sys
 from collections import Counter, defaultdict
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,17 +74,14 @@ def line(name, found, more=""):
 
 def reduction(singles, consensus):
     """1 - consensus noise / noise of the average, and of the best, single LLM, with intervals over problems."""
+    def cut(problems, choose):
+        *alone, together = [ratio([(w, n) for p in problems for w, n, _ in found.get(p, ())])
+                            for found in (*singles, consensus)]
+        base = choose(alone)
+        return 1 - together / base if base else 0.0
     problems = sorted(set(consensus).union(*singles))
-    none = []
-
-    def against(choose):
-        def statistic(chosen):
-            def share(found):
-                return ratio([(w, n) for p in chosen for w, n, _ in found.get(p, none)])
-            base = choose([share(found) for found in singles])
-            return 1 - share(consensus) / base if base else 0.0
-        return interval(problems, statistic, rounds=300)
-    return {"average": against(statistics.fmean), "best": against(min)}
+    return {name: interval(problems, partial(cut, choose=choose), rounds=300)
+            for name, choose in (("average", statistics.fmean), ("best", min))}
 
 
 def measure(domain, records, how):
