@@ -125,7 +125,7 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
     def prefix(problem, steps):
         key = (problem.id, *steps)
         if key not in prefixes:
-            prefixes[key] = Prefix(policy.adopt(prefix(problem, steps[:-1]).node, steps[-1:]) if steps else
+            prefixes[key] = Prefix(policy.adopt(prefix(problem, steps[:-1]).node, steps[-1]) if steps else
                                    policy.root(problem.id, problem.question, problem.domain), problem)
         return prefixes[key]
 

@@ -306,13 +306,10 @@ class Policy:
             return chat_prompt(self.tokenizer, text, domain, tokenize=True)
         return self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
 
-    def adopt(self, root, steps):
-        """Existing text as a path below root: its last node. Its tokens count as prefilled, not generated."""
-        node = root
-        for i, text in enumerate(steps):
-            node = Node(text, node, self._ids(text), key=child_key(node.key, f"adopted {i} {text}"),
-                        depth=node.depth + 1, domain=root.domain)
-        return node
+    def adopt(self, node, text):
+        """Existing text as a step below a node. Its tokens count as prefilled, not generated."""
+        return Node(text, node, self._ids(text), key=child_key(node.key, f"adopted 0 {text}"), depth=node.depth + 1,
+                    domain=node.domain)
 
     def propose(self, nodes, n):
         """n sampled next steps for each node (n: one number or one a node) -> a list of new nodes for each node."""

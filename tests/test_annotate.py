@@ -65,10 +65,8 @@ class Script:
     def root(self, name, question, domain="math"):
         return Node(question, domain=domain)
 
-    def adopt(self, root, steps):
-        for text in steps:
-            root = Node(text, root)
-        return root
+    def adopt(self, node, text):
+        return Node(text, node)
 
     def complete(self, nodes, counts):
         groups = []

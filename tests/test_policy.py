@@ -70,8 +70,8 @@ def test_every_token_of_a_shared_prefix_is_encoded_once(tokenizer):
     # Existing text: two solutions that share their first step. Prompt, shared step, two different second steps.
     policy = make(tokenizer)
     root = roots(policy)[1]
-    shared = policy.adopt(root, ["January: 12+5=17"])
-    ends = [policy.adopt(shared, [text]) for text in ("Answer: 17", "Wait, January: 12+5=17")]
+    shared = policy.adopt(root, "January: 12+5=17")
+    ends = [policy.adopt(shared, text) for text in ("Answer: 17", "Wait, January: 12+5=17")]
     policy.propose(ends, 1)
     assert policy.prefilled == sum(len(n.ids) for n in [root, shared, *ends])
 
@@ -205,7 +205,7 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(tmp_path)
     policy = load_policy("http://127.0.0.1:9/v1", served="m", chat_tokenizer=tmp_path)
-    text = policy._text(policy.adopt(policy.root("p", "Q?"), ["one"]))
+    text = policy._text(policy.adopt(policy.root("p", "Q?"), "one"))
     assert text.startswith("<user>Q?\n\nSolve step by step") and text.endswith("<assistant>one\n\n")
 
 

@@ -46,10 +46,10 @@ def test_cached_scores_of_a_growing_tree_equal_uncached_ones(prm, tokenizer):
     live = [policy.root(f"p{i}", q) for i, q in enumerate(QUESTIONS)]
     seen, tokens = {}, prm.tokens
     for _ in range(3):  # nodes branch, and some are dropped, as in beam search
-        new = [policy.adopt(node, [text]) for node in live for text in texts]
+        new = [policy.adopt(node, text) for node in live for text in texts]
         seen.update(prm.score_nodes(new))
         live = new[::3]
-    ends = [policy.adopt(node, [texts[0], "Answer: 7"]) for node in live]  # whole solutions, scored at one go
+    ends = [policy.adopt(policy.adopt(node, texts[0]), "Answer: 7") for node in live]  # whole solutions, scored at once
     for end in ends:
         end.end = "eos"
     seen.update(prm.score_nodes(ends))
