@@ -30,6 +30,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -213,11 +214,9 @@ def extend(model, name, leaves, ids_of, max_tokens):
 
 def _extend_rows(model, name, rows, todo, below):
     """One forward for rows of (nodes before, chain of nodes to encode, their new tokens: todo has them by node)."""
-    sizes = torch.tensor([len(new) for _, _, new in rows])
-    batch = Rows(model, name, [prefix for prefix, _, _ in rows], int(sizes.max()))
-    mask = torch.arange(int(sizes.max())) < sizes[:, None]
-    ids = torch.zeros(mask.shape, dtype=torch.long)
-    ids[mask] = torch.tensor([i for _, _, new in rows for i in new])
+    ids = pad_sequence([torch.tensor(new) for _, _, new in rows], batch_first=True)
+    mask = torch.arange(ids.shape[1]) < torch.tensor([len(new) for _, _, new in rows])[:, None]
+    batch = Rows(model, name, [prefix for prefix, _, _ in rows], ids.shape[1])
     hidden = batch.append(ids.to(model.device), mask.to(model.device))
     last, kept = {}, []  # of each node: the row and the position of its last token
     for row, (_, chain, new) in enumerate(rows):
@@ -321,8 +320,7 @@ class Policy:
 
     @torch.inference_mode()
     def _generate(self, nodes, n, whole):
-        bad = next((node for node in nodes if node.end), None)
-        if bad is not None:
+        if bad := next((node for node in nodes if node.end), None):
             raise ValueError(f"cannot continue a solution that has ended ({bad.end}): {bad.text!r}")
         self.prefilled += extend(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
         groups = next_keys(nodes, n)
@@ -340,9 +338,8 @@ class Policy:
     def _sample_rows(self, batch, whole, limit):
         """The decoding loop. batch: (node, key) -> for each (token ids, log-probabilities, keys and values)."""
         device, head = self.model.device, self.lm.get_output_embeddings()
-        parents = list(dict.fromkeys(node for node, _ in batch))  # laid out once each, then repeated
-        where = {node: i for i, node in enumerate(parents)}
-        index = torch.tensor([where[node] for node, _ in batch], device=device)
+        parents = {}  # laid out once each, then repeated
+        index = torch.tensor([parents.setdefault(node, len(parents)) for node, _ in batch], device=device)
         rows = Rows(self.model, self.name, [p.line() for p in parents], room=min(limit, 64))
         rows.keep(index)
         logits = head(torch.stack([p.hidden[self.name] for p in parents]))[index]
