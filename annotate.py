@@ -76,8 +76,7 @@ def linear_scan(T, ends_right, verify_neighbours=False):
     answers = []
     for t in range(T - 1):
         answers.append((yield t))
-    answers.append(ends_right)
-    return answers.index(False) if False in answers else -1
+    return first_wrong([*answers, ends_right])
 
 
 SEARCHES = {"binary": binary_search, "linear": linear_scan}
@@ -179,8 +178,8 @@ def ask_judge(policy, solutions):
 def parse_verdict(text, T):
     """"... First wrong step: 3" -> 2; "First wrong step: none" -> -1; anything else, or a step that is not there, is
     an abstention (None). Only the last line counts, and it must hold nothing else."""
-    lines = text.strip().splitlines()
-    found = re.fullmatch(r"\W*first wrong step:?\W*(\d+|none)\W*", lines[-1].strip(), re.IGNORECASE) if lines else None
+    last = text.strip().rpartition("\n")[2]
+    found = re.fullmatch(r"\W*first wrong step:?\W*(\d+|none)\W*", last, re.IGNORECASE)
     if found is None:
         return None
     if found[1].lower() == "none":
