@@ -18,6 +18,7 @@ import os
 import resource
 import shutil
 import sys
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -326,7 +327,9 @@ def main(argv=None):
     if not args.file and not (args.question and args.question.strip() and args.steps):
         parser.error("give --question and --steps, or --file")
     with parser:
-        pairs = read_solutions(args.file, args.limit) if args.file else [(args.question, args.steps)]
+        pairs = list(islice(read_solutions(args.file), args.limit)) if args.file else [(args.question, args.steps)]
+        if not pairs:
+            raise ValueError(f"{args.file}: no solutions")
         prm = load_prm(args.prm, args.device, args.dtype)
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
         print(f"\n{question}")
@@ -335,20 +338,14 @@ def main(argv=None):
         print("  ".join(f"{how} {aggregate(scores, how):.3f}" for how in AGGREGATIONS))
 
 
-def read_solutions(file, limit):
-    """At most `limit` (question, steps) from a JSONL file of sample rows or stepwise rows."""
-    pairs = []
+def read_solutions(file):
+    """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
     for number, row in read_rows(file):
         try:
-            pairs += ([(row["prompt"], row["completions"])] if "completions" in row else
-                      [(row["question"], s["steps"]) for s in row["samples"]])
+            yield from ([(row["prompt"], row["completions"])] if "completions" in row else
+                        [(row["question"], s["steps"]) for s in row["samples"]])
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row ({error!r})") from error
-        if len(pairs) >= limit:
-            break
-    if not pairs[:limit]:
-        raise ValueError(f"{file}: no solutions")
-    return pairs[:limit]
 
 
 if __name__ == "__main__":
