@@ -42,10 +42,10 @@ def plain(policy, solutions, k, longest=256):
     return values, tokens
 
 
-def timed(name, steps, work):
+def timed(name, steps, work, *args, **options):
     """Run it, print one line; returns (seconds, result)."""
     started, cpu = time.perf_counter(), time.process_time()
-    result, tokens = work()
+    result, tokens = work(*args, **options)
     seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
     print(f"{name:<44}{seconds:>8.1f} s {cpu:>8.1f} CPU s {steps / seconds:>9.1f} labels/s {tokens / steps:>9.1f} "
           "tokens/label", flush=True)
@@ -53,11 +53,8 @@ def timed(name, steps, work):
 
 
 def ours(path, solutions, **options):
-    def work():
-        policy = load_policy(path, seed=1, max_step_tokens=40, max_steps=20)
-        found = annotate.vote(policy, solutions, **options)
-        return found, policy.generated
-    return work
+    policy = load_policy(path, seed=1, max_step_tokens=40, max_steps=20)
+    return annotate.vote(policy, solutions, **options), policy.generated
 
 
 def main(argv=None):
@@ -79,21 +76,21 @@ def main(argv=None):
     solutions = [(p, steps, v.ok) for (p, steps), v in zip(flat, verdicts)]
     labels = sum(len(steps) for _, steps, _ in solutions)
     print(f"{len(solutions)} solutions, {labels} steps, k = {args.k}, {torch.get_num_threads()} threads")
-    base, one = timed("plain: generate, one prefix at a time", labels, lambda: plain(policy, solutions, args.k))
+    base, one = timed("plain: generate, one prefix at a time", labels, plain, policy, solutions, args.k)
     linear = {"search": "linear", "stop": "none", "k": args.k}
-    mine, many = timed("ours, the same linear scan", labels, ours(args.policy, solutions, **linear))
+    mine, many = timed("ours, the same linear scan", labels, ours, args.policy, solutions, **linear)
     print(f"   {base / mine:.1f} times fewer seconds; mean value {statistics.fmean(v for x in one for v in x):.3f}, "
           f"ours {statistics.fmean(v for x in many for v in x['values'][:-1]):.3f}")
-    fast, _ = timed("ours, binary search with early stopping", labels, ours(args.policy, solutions, k=args.k))
+    fast, _ = timed("ours, binary search with early stopping", labels, ours, args.policy, solutions, k=args.k)
     print(f"   {base / fast:.1f} times fewer seconds")
     if args.grow:
         for k in (2, 4, 8, 16, 32):
-            timed(f"k = {k}", labels, ours(args.policy, solutions, k=k))
+            timed(f"k = {k}", labels, ours, args.policy, solutions, k=k)
         for low, high in ((2, 5), (6, 7), (8, 9), (10, 20)):
             some = [s for s in solutions if low <= len(s[1]) <= high]
             if some:
                 timed(f"T = {low} to {high}, {len(some)} solutions", sum(len(s[1]) for s in some),
-                      ours(args.policy, some, k=args.k))
+                      ours, args.policy, some, k=args.k)
 
 
 if __name__ == "__main__":
