@@ -551,6 +551,29 @@ def cost_table(costs, sizes):
     return costs
 
 
+def run_searches(bench, args, pool):
+    """Beam search and MCTS, if --strategies asks for them, beside best-of-N at the same tokens, and what each costs;
+    returns what --json writes. pool: the samples of best-of-N."""
+    costs, out = {"best_of_n": pool}, {}
+    for strategy in (x for x in args.strategies if x in ("beam", "mcts")):
+        costs[strategy] = bench.run(strategy, args.policy, args.prm[0])
+        more = by_domain(bench.same_tokens(pool, args.policy, args.prm[0], costs[strategy]))
+        for domain, some in by_domain(costs[strategy]).items() if bench.rank == 0 else ():
+            right = [search.right(r, r["picked"]) for r in some]
+            same = [at_budget(r, b["cost"]["policy_generated"], args.aggregate) for r, b in zip(more[domain], some)]
+            (v, low, high), (d, se, z) = interval(right), paired(right, same)
+            print(f"\n{domain}, {strategy}: {v:.3f} [{low:.2f}, {high:.2f}]; above best-of-N at the same tokens: "
+                  f"{d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")
+            out.setdefault(strategy, {})[domain] = {"value": v, "low": low, "high": high,
+                                                    "above_best_of_n": d, "se": se, "z": z}
+    if bench.rank == 0:
+        mean = {k: {c: statistics.fmean(r["cost"][c] for r in v) for c in v[0]["cost"]} for k, v in costs.items()}
+        lm = getattr(bench.policy(args.policy), "lm", None)  # a server's size is not known
+        sizes = [m and sum(p.numel() for p in m.parameters()) for m in (lm, bench.prm(args.prm[0]))]
+        out["cost"] = cost_table(mean, sizes)
+    return out
+
+
 def read_samples(file):
     """Sample rows of anybody's, checked for what the metrics need. "correct" and "answer" may be left to the judge."""
     rows = []
@@ -641,26 +664,7 @@ def main(argv=None):
             if bench.rank == 0:
                 result["metrics"] = report(rows, names, ns, args.subset)
             if not args.samples:
-                costs = {"best_of_n": rows}
-                for strategy in args.strategies:
-                    if strategy in ("beam", "mcts"):
-                        costs[strategy] = bench.run(strategy, args.policy, args.prm[0])
-                        more = by_domain(bench.same_tokens(rows, args.policy, args.prm[0], costs[strategy]))
-                        for domain, some in by_domain(costs[strategy]).items() if bench.rank == 0 else ():
-                            right = [search.right(r, r["picked"]) for r in some]
-                            same = [at_budget(r, b["cost"]["policy_generated"], args.aggregate)
-                                    for r, b in zip(more[domain], some)]
-                            (v, low, high), (d, se, z) = interval(right), paired(right, same)
-                            print(f"\n{domain}, {strategy}: {v:.3f} [{low:.2f}, {high:.2f}]; above best-of-N at the "
-                                  f"same tokens: {d:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors")
-                            result.setdefault(strategy, {})[domain] = {"value": v, "low": low, "high": high,
-                                                                       "above_best_of_n": d, "se": se, "z": z}
-                if bench.rank == 0:
-                    mean = {k: {c: statistics.fmean(r["cost"][c] for r in v) for c in v[0]["cost"]}
-                            for k, v in costs.items()}
-                    lm = getattr(bench.policy(args.policy), "lm", None)  # a server's size is not known
-                    sizes = [m and sum(p.numel() for p in m.parameters()) for m in (lm, bench.prm(args.prm[0]))]
-                    result["cost"] = cost_table(mean, sizes)
+                result |= run_searches(bench, args, rows)
     if args.json and bench.rank == 0:
         Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
 
