@@ -365,9 +365,9 @@ def parse(argv):
 
 def main(argv=None):
     parser, args = parse(argv)
-    rank, _, device = distributed(args.device)
     started = time.perf_counter()
     with parser:
+        rank, _, device = distributed(args.device)
         jobs = collect(args)
         voters = {}
         for i, path in enumerate(args.policies):

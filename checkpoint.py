@@ -6,10 +6,11 @@ Nothing of the paper is in here; train.py can be read without it.
     OUT/checkpoint-STEP                  weights, moments, counters, until the run has ended
     OUT/step-STEP                        with --snapshots the PRM of each evaluation
 
-All files appear whole or not at all. A checkpoint of torch.distributed.checkpoint holds each tensor once, whatever the
+Folders appear whole or not at all. A checkpoint of torch.distributed.checkpoint holds each tensor once, whatever the
 number of ranks, so that a run may go on with more or fewer of them (its product with --accumulate staying the same).
 """
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -22,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from rows import gather, read_rows, write_rows
+from rows import gather, write_rows
 
 
 def is_master():
@@ -32,13 +33,14 @@ def is_master():
 def take_out(out, resume, overwrite, total, trained):
     """Before any training: a ValueError, on every rank, if --out cannot be written. total, trained: parameters."""
     problem, needed = None, 16 * (total + trained)  # fp32: PRM and checkpoint, two moments; twice while replaced
-    if out.is_dir() and any(out.iterdir()) and not resume and not overwrite:
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not (resume and (out / "log.jsonl").exists()):
         problem = f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
     elif is_master():
         try:
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
-            if (free := shutil.disk_usage(out).free) <= needed:
+            held = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())  # will be replaced
+            if (free := shutil.disk_usage(out).free + held) <= needed:
                 problem = f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         except OSError as error:
             problem = f"--out {out} cannot be written: {error.strerror}"
@@ -63,13 +65,16 @@ def shard(prm, device, bf16):
 
 
 def save_prm(out, prm, model, best, snapshot=None):
-    """The PRM as it is now becomes the folder `snapshot`, and OUT if it is the best. Killed between two files of OUT,
-    --resume comes by here again and moves them all. model: prm, or what DDP made of it."""
+    """The PRM as it is now becomes the folder `snapshot`, and OUT if it is the best. A kill between two files of OUT
+    leaves no mixture, but none or not all of the weights; --resume comes by here again and moves them. model: prm, or
+    what DDP made of it."""
     state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
     if is_master() and snapshot:
         prm.save(out / snapshot, state)
     if is_master() and best:
         prm.save(out / "best", state)
+        for old in out.glob("model*.safetensors*"):  # there may be more files of the old ones than of the new
+            old.unlink()
         for file in (out / "best").iterdir():
             os.replace(file, out / file.name)
         (out / "best").rmdir()
@@ -93,12 +98,18 @@ def load_checkpoint(folder, model, optimizer):
     states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
+def read_log(out):
+    """The rows of OUT/log.jsonl, without a last line that a kill or a full disk has cut off."""
+    file = out / "log.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
 def begin(out, resume, settings, model, optimizer):
     """Where a run stands: at its beginning, or where its last checkpoint was written, from which weights and moments
-    are then loaded -> step: optimizer steps done; best, best_step: validation loss; bad: evaluations since; settings;
+    are then loaded -> step: optimizer steps done; best, best_step: validation loss; worse: evaluations since; settings;
     totals: what the log counts. The log is cut off behind that step, and what else a killed run has left is removed."""
     warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")  # one process saves alone
-    progress = {"step": 0, "best": None, "best_step": 0, "bad": 0, "settings": settings,
+    progress = {"step": 0, "best": math.inf, "best_step": 0, "worse": 0, "settings": settings,
                 "totals": {"tokens": 0, "seconds": 0.0, "flops": 0, "flops_with_attention": 0}}
     checkpoint = max(out.glob("checkpoint-*"), default=None) if resume else None
     if checkpoint:
@@ -110,17 +121,14 @@ def begin(out, resume, settings, model, optimizer):
     progress["totals"] = Counter(progress["totals"])
     gather("a barrier: all ranks have read")
     if is_master():
-        kept = [row for _, row in read_rows(out / "log.jsonl") if row["step"] <= progress["step"]] if checkpoint else []
-        write_rows(out / "log.jsonl", kept)
+        write_rows(out / "log.jsonl", [row for row in read_log(out) if checkpoint and row["step"] <= progress["step"]])
         for old in {*out.glob("checkpoint*"), *(() if checkpoint else out.glob("step-*"))} - {checkpoint}:
             shutil.rmtree(old)
     return progress
 
 
-def finish(out, progress):
+def finish(out):
     """The best PRM stays, what resuming needed goes."""
-    if is_master():
-        for old in out.glob("checkpoint*"):
-            shutil.rmtree(old)
-        print(f"the best PRM, of step {progress['best_step']}, is in {out}")
+    for old in out.glob("checkpoint*") if is_master() else ():
+        shutil.rmtree(old)
     gather("a barrier: OUT is whole when any rank returns")

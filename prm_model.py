@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2Model, Qwen2
 from transformers.utils import cached_file
 
 from policy import chunks, dtype_of, extend, load_pretrained
-from rows import command_line, read_rows
+from rows import command_line, distributed, read_rows
 
 HEAD_FILE = "prm_head.safetensors"
 # What the model card of Qwen/Qwen2.5-Math-PRM-7B asks for: its system prompt, and <extra_0> after every step.
@@ -44,6 +44,8 @@ class PRM(nn.Module):
     def __init__(self, backbone, tokenizer, separator="\n\n", template="plain", system=None, dropout=0.0,
                  base_model=None, max_batch_tokens=65536, name="prm"):
         super().__init__()
+        if not hasattr(backbone, "layers"):
+            raise ValueError(f"{base_model or name}: a {type(backbone).__name__} is not laid out like Llama and Qwen")
         h = backbone.config.hidden_size
         self.backbone, self.tokenizer, self.name, self.max_batch_tokens = backbone, tokenizer, name, max_batch_tokens
         self.head = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Dropout(dropout), nn.Linear(h, 1))
@@ -254,7 +256,7 @@ def auc_pairs(p, right):
     """(U, pairs): of all pairs of a right and a wrong step, how many rank the right one higher (ties count half)."""
     n1, n0 = int(right.sum()), int((~right).sum())
     _, inverse, counts = p.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts - 1) / 2)[inverse]  # from 1, ties share their mean rank
+    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # from 1, ties share their mean rank
     return float(ranks[right].sum()) - n1 * (n1 + 1) / 2, n1 * n0
 
 
@@ -291,7 +293,8 @@ def step_flops(N, config, lengths, frozen):
 
 def peak_flops(device):
     """FLOP/s of a GPU in dense bf16, from its data sheet; None for others, and for CPUs."""
-    known = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
+    known = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+             "B200": 2250e12, "L40S": 362e12}  # the first that is in the name
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for gpu, flops in known.items() if gpu in name), None)
 
@@ -321,7 +324,7 @@ def main(argv=None):
     parser.add_argument("--steps", nargs="+", help="the solution, one argument a step")
     parser.add_argument("--file", help="JSONL of sample rows or stepwise rows (see rows.py)")
     parser.add_argument("--limit", type=int, default=3, help="rows of --file to show (default 3)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
     if not args.file and not (args.question and args.question.strip() and args.steps):
@@ -330,7 +333,7 @@ def main(argv=None):
         pairs = list(islice(read_solutions(args.file), args.limit)) if args.file else [(args.question, args.steps)]
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
-        prm = load_prm(args.prm, args.device, args.dtype)
+        prm = load_prm(args.prm, distributed(args.device)[2], args.dtype)
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
         print(f"\n{question}")
         for step, p in zip(steps, scores):

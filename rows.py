@@ -22,6 +22,8 @@ import json
 import os
 import random
 import re
+import sys
+import zlib
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -49,7 +51,7 @@ def read_rows(file):
                     yield n, row
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}:{error.lineno if array else number}: not JSON ({error})") from error
-        except (UnicodeDecodeError, EOFError) as error:  # EOFError: a .gz that breaks off
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:  # the last three: a broken .gz
             raise ValueError(f"{file}:{number + 1}: {error}") from error
 
 
@@ -73,14 +75,25 @@ def distributed(device=None):
     world = int(os.environ.get("WORLD_SIZE", 1))
     if device in (None, "cuda"):
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or device else "cpu"
-    if device.startswith("cuda"):
+    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+        raise ValueError(f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
+    if device != "cpu":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                                 timeout=timedelta(days=2))  # ranks meet when all are done, and some are done early
         # Left to the interpreter's end, the group's threads may still run then, and the process aborts.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        # But nccl's end waits for the other ranks, who may wait for this one: a rank that fails must not come there.
+        sys.excepthook = lambda *error, show=sys.excepthook: (show(*error), leave(1))
     return (dist.get_rank() if world > 1 else 0), world, device
+
+
+def leave(code):
+    """End this process at once, without what is registered for its end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def gather(value):
@@ -108,7 +121,7 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
         out.parent.mkdir(parents=True, exist_ok=True)
         files = [f for f in [out, *beside(out, ".part*")] if f.exists()]
         for file in files if resume else ():
-            lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # one cut off by a kill was not finished
+            lines = file.read_bytes().split(b"\n")[:-1]  # one cut off by a kill was not finished
             for n, line in enumerate(lines, 1):
                 try:
                     row = json.loads(line)
@@ -119,7 +132,7 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
         if rank == 0 and files:
             write_rows(out, done.values())
             for part in set(files) - {out}:
-                part.unlink()
+                part.unlink(missing_ok=True)  # write_rows has used OUT.partial
         gather("a barrier")
     mine, rows = [x for x in items if not done.keys() >= set(names(x))][rank::world], []
     for start in tqdm(range(0, len(mine), chunk), desc, unit_scale=chunk, disable=rank > 0 or not mine or None):
@@ -158,16 +171,19 @@ def write_rows(file, rows):
 
 class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of forty flags before it. `with parser:` what the user can
-    mend, a ValueError or OSError, becomes one, too."""
+    mend, a ValueError, OSError or ImportError, becomes one, too."""
 
     def error(self, message):
+        if dist.is_initialized():
+            print(f"{self.prog}: error: {message}", file=sys.stderr)
+            leave(2)  # see distributed()
         self.exit(2, f"{self.prog}: error: {message}\n")
 
     def __enter__(self):
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, (ValueError, OSError)):
+        if isinstance(error, (ValueError, OSError, ImportError)):
             self.error(str(error))
 
 
@@ -292,6 +308,7 @@ def check(row):
         raise ValueError("prompt: a text is expected")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
         raise ValueError("completions: a list of texts is expected")
+    "".join([prompt, *steps]).encode()  # half a surrogate pair is a ValueError here, and would be worse in a tokenizer
     if not isinstance(labels, list) or len(labels) != len(steps):
         raise ValueError(f"labels: {len(steps)} are expected, one for each of completions, not {labels!r:.60}")
     for y in labels:
@@ -353,9 +370,11 @@ def held_out(prompt, fraction):
 def split(found, val_found, fraction, val_samples):
     """(training rows, validation rows) with no problem on both sides: val_found, or what is held out of `found`; of
     validation rows at most val_samples, drawn from all sets."""
-    asked = {row["prompt"] for _, row in val_found or found if val_found or held_out(row["prompt"], fraction)}
-    val_found = val_found or [(where, row) for where, row in found if row["prompt"] in asked]
-    found = [(where, row) for where, row in found if row["prompt"] not in asked]
+    def problem(row):
+        return " ".join(row["prompt"].split())  # as held_out() has it
+    asked = {problem(row) for _, row in val_found or found if val_found or held_out(row["prompt"], fraction)}
+    val_found = val_found or [(where, row) for where, row in found if problem(row) in asked]
+    found = [(where, row) for where, row in found if problem(row) not in asked]
     if not found or not val_found:
         raise ValueError(f"{'validation' if found else 'training'} would be empty: {len(asked)} problems are held out "
                          f"(--val-fraction, --val-data), and {len(found)} rows are left to train on")

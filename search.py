@@ -395,8 +395,8 @@ def parse(argv):
 
 def main(argv=None):
     parser, args = parse(argv)
-    rank, _, device = distributed(args.device)
     with parser:
+        rank, _, device = distributed(args.device)
         if args.question:
             problems = [tasks.Problem("question", args.question, args.domain)]
         else:

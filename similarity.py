@@ -324,8 +324,8 @@ def main(argv=None):
         parser.error("--sets takes 1, 2 or 4 files, and needs --model")
     need_positive(parser, args, "n", "limit", "sketch")
     need_folder(parser, args, "json", "plot")
-    rank, world, device = distributed(args.device)
     with parser:
+        rank, world, device = distributed(args.device)
         F = load_policy(args.model or args.policy, device, args.dtype)
         responses = (read_sets(args.sets, args.limit, F.separator) if args.sets else
                      sample(args, F.separator, rank, world, device))

@@ -3,16 +3,16 @@
     python train.py                                         # a laptop: the tiny world, two or three minutes
     python train.py --data trl-lib/math_shepherd --model Qwen/Qwen2.5-0.5B --out runs/prm
     torchrun --nproc_per_node=8 train.py --data a.jsonl:0.5 b.jsonl:0.5 --model Qwen/Qwen2.5-7B --batch-tokens 16384 \\
-        --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm          # add --fsdp from 14B on
+        --fsdp --checkpointing --lr 1e-5 --lr-head 1e-4 --out runs/prm   # up to 3B on 80 GB: without --fsdp
 
 --out becomes the PRM itself (`--prm runs/prm` of the other scripts): always the best one so far by validation loss.
 Beside it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them) and
 a checkpoint, from which --resume goes on with the very losses of a run that was never stopped (checkpoint.py).
 
 One optimizer step is --accumulate micro-batches on each rank; a micro-batch is at most --batch-size rows and at most
---batch-tokens tokens, padding included. All randomness is a function of (--seed, epoch, number of the micro-batch):
-two ranks do exactly what one rank does with twice the accumulation, and no generator's state needs to be saved.
-fp32 weights, gradients and two moments take 16 bytes a parameter, over all ranks together with --fsdp.
+--batch-tokens tokens with padding (but bf16's to a multiple of 8). All randomness is a function of (--seed, epoch,
+number of the micro-batch): two ranks do exactly what one rank does with twice the accumulation, and no generator needs
+to be saved. Weights, gradients and two moments in fp32 take 16 bytes a parameter; --fsdp spreads them over the ranks.
 
 Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
 """
@@ -32,9 +32,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import begin, finish, save_checkpoint, save_prm, shard, take_out
+from checkpoint import begin, finish, read_log, save_checkpoint, save_prm, shard, take_out
 from prm_model import load_prm, metrics, peak_flops, peak_memory, step_flops
-from rows import FORMATS, command_line, distributed, gather, load_data, need_positive, read_rows, split
+from rows import FORMATS, command_line, distributed, gather, load_data, need_positive, split
 
 TINY = Path(__file__).parent / "tiny"
 # What may change at --resume; of accumulate, its product with the number of ranks may not: settings["group"].
@@ -170,7 +170,7 @@ def main(argv=None):
     a("--compile", action="store_true", help="torch.compile the backbone: minutes at first, pays on long runs")
     args = parser.parse_args(argv)
     need_positive(parser, args, "batch_size", "batch_tokens", "accumulate", "epochs", "max_steps", "eval_every",
-                  "samples", "val_samples", "max_length")
+                  "samples", "val_samples", "max_length", "lr", "lr_head", "clip", "peak_tflops")
     args.samples = args.samples or (400_000 if args.data else 6000)
     args.data = args.data or [str(TINY / "rows.jsonl.gz")]
     stop = []
@@ -202,9 +202,9 @@ def train(args, stop):
             print(f"{kind} {step}:", *(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}"
                                        for k, v in figures.items() if v is not None), flush=True)
 
-    if args.resume and (out / "log.jsonl").exists() and "end" in {r["kind"] for _, r in read_rows(out / "log.jsonl")}:
+    if args.resume and "end" in {row["kind"] for row in read_log(out)}:
         print(f"{out}: this run has ended already")
-        return None
+        return finish(out)
 
     # -------- data: all rows of all sets, split by problem
     load = partial(load_data, form=args.format, neutral=args.neutral, samples=args.samples, seed=args.seed)
@@ -221,9 +221,9 @@ def train(args, stop):
         prm.backbone.compile(dynamic=True)
     if args.checkpointing:
         prm.backbone.activation_checkpointing_enable()
-    # N counts what multiplies activations: the embedding is looked up, and the LM head is gone
-    N = sum(p.numel() for p in prm.parameters()) - prm.backbone.get_input_embeddings().weight.numel()
-    total, trained = (sum(p.numel() for p in prm.parameters() if p.requires_grad or not t) for t in (False, True))
+    total = sum(p.numel() for p in prm.parameters())
+    trained = sum(p.numel() for p in prm.parameters() if p.requires_grad)
+    N = total - prm.backbone.get_input_embeddings().weight.numel()  # what multiplies activations: these are looked up
     take_out(out, args.resume, args.overwrite, total, trained)
 
     longest = min(args.max_length, args.batch_tokens, config.max_position_embeddings)
@@ -246,7 +246,7 @@ def train(args, stop):
     lr = args.lr or (3e-4 if total < 100e6 else 1e-5)
     groups = [{"params": [p for n, p in prm.named_parameters() if p.requires_grad and (p.ndim > 1) == matrix
                           and n.startswith("head.") == head],
-               "weight_decay": args.weight_decay * matrix, "peak": (args.lr_head or lr) if head else lr}
+               "weight_decay": args.weight_decay * matrix, "peak_lr": (args.lr_head or lr) if head else lr}
               for head in (False, True) for matrix in (False, True)]
     optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.95), fused=True)
 
@@ -275,34 +275,34 @@ def train(args, stop):
     # -------- the loop
     peak = args.peak_tflops * 1e12 if args.peak_tflops else peak_flops(device)
     for step in range(progress["step"], len(plans)):
-        started, micros = time.perf_counter(), plans[step] + [[]] * (-len(plans[step]) % world)
+        started = time.perf_counter()
+        micros = plans[step] + [[]] * (-len(plans[step]) % world)  # as many for each rank, or one would wait for ever
         M = sum(len(data[i].labels) for rows in micros for i in rows)  # of all ranks: each of them knows the plan
-        loss_sum, bad = torch.zeros((), device=device), []
+        loss_sum, done = torch.zeros((), device=device), []
         for j in range(rank, len(micros), world):
             ids_BT, rows_M, positions_M, labels_M, _ = get_batch(data, micros[j], device, multiple)
             torch.manual_seed((args.seed * len(plans) + step) * group + j)  # dropout: a function of the micro-batch
-            last = j + world >= len(micros)  # gradients are exchanged once, with the last micro-batch
-            if args.fsdp:
-                model.set_requires_gradient_sync(last)
-            model.require_backward_grad_sync = last  # what DDP's no_sync() sets, without its indentation
+            # DDP exchanges gradients with the last micro-batch only (its no_sync(), without indentation), FSDP with
+            # each: until they are exchanged, each rank holds all of them, in fp32
+            model.require_backward_grad_sync = j + world >= len(micros)
             with autocast():
                 logits_M = model(ids_BT, rows_M, positions_M)
             micro_sum, _ = prm_loss(logits_M, labels_M)
             (micro_sum * (world / M)).backward()  # the exchange takes the mean over ranks: undo it
             loss_sum += micro_sum.detach()
-            bad.append((micros[j], rows_M, logits_M.detach()))
+            done.append((micros[j], rows_M, logits_M.detach()))
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
         norm = float(norm.full_tensor() if args.fsdp else norm)
         loss = sum(gather(float(loss_sum))) / M
         if not math.isfinite(loss + norm):  # the same on all ranks; the weights are still those of the step before
-            bad = [data[rows[i]].where for rows, rows_M, z in bad for i in rows_M[~z.isfinite()].unique().tolist()]
-            bad = sum(gather(bad), []) or [data[i].where for rows in micros for i in rows]
-            raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}, on {', '.join(bad[:8])}"
-                             f"{' ...' if len(bad) > 8 else ''}. {out} keeps the best PRM and the last checkpoint")
+            where = [data[rows[i]].where for rows, rows_M, z in done for i in rows_M[~z.isfinite()].unique().tolist()]
+            where = sum(gather(where), []) or [data[i].where for rows in micros for i in rows]
+            raise ValueError(f"step {step + 1}: loss {loss}, gradient norm {norm}, on {', '.join(where[:8])}"
+                             f"{' ...' if len(where) > 8 else ''}. {out} keeps the best PRM and the last checkpoint")
         for g in optimizer.param_groups:
-            g["lr"] = g["peak"] * schedule(step)
+            g["lr"] = g["peak_lr"] * schedule(step)
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's buckets stay the gradients: else both are held
 
         seconds = time.perf_counter() - started
         row_lengths = [lengths[i] for rows in micros for i in rows]
@@ -315,19 +315,18 @@ def train(args, stop):
             mfu=(flops + attention) / seconds / world / peak if peak else None, **totals)
 
         # -------- validation, often at first, where abilities emerge (Figure 2): keep the best, stop without a new one
-        done, stopped = step + 1 == len(plans), False
-        due = (step + 1) % args.eval_every == 0 or step & (step + 1) == 0 or done
-        if due:
+        due, last, stopped = (step + 1) % args.eval_every == 0, step + 1 == len(plans), False
+        if due or last or (step + 1).bit_count() == 1:  # also after 1, 2, 4, 8 ... steps
             figures = evaluate(prm, val, val_plan, device, autocast, multiple)
             log("eval", step + 1, **figures)
-            better = gather(progress["best"] is None or figures["loss"] < progress["best"])[0]  # rank 0 decides for all
-            progress["bad"] = 0 if better else progress["bad"] + 1
-            stopped = 0 < args.patience <= progress["bad"]
+            better = gather(figures["loss"] < progress["best"])[0]  # rank 0 decides for all
+            progress["worse"] = 0 if better else progress["worse"] + 1
+            stopped = 0 < args.patience <= progress["worse"]
             if better:
                 progress |= {"best": figures["loss"], "best_step": step + 1}
             if better or args.snapshots:
                 save_prm(out, prm, model, better, f"step-{step + 1:06d}" if args.snapshots else None)
-        if done or stopped:
+        if last or stopped:
             break
         told = any(gather(bool(stop)))  # asked last, so that a SIGTERM never costs another step
         if due or told:
@@ -340,7 +339,9 @@ def train(args, stop):
     result = dict(best=progress["best"], best_step=progress["best_step"], stopped_early=stopped, **totals,
                   peak_memory=peak_memory(device))
     log("end", progress["step"], **result)
-    finish(out, progress)
+    finish(out)
+    if master:
+        print(f"the best PRM, of step {progress['best_step']}, is in {out}")
     return result
 
 

@@ -1,6 +1,7 @@
 # Sourced by the recipes: stages that report their minutes and are skipped once they are done. Needs RUN and stages.
 PYTHON=${PYTHON:-python}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-900}  # s after a SIGTERM; torchrun gives 30
 mkdir -p "$RUN"
 started=$SECONDS stage=0
 
@@ -12,6 +13,7 @@ run() {
   if [ -e "$RUN/$name.done" ]; then echo "[$stage/$stages] $name: done already"; return; fi
   echo "[$stage/$stages] $name: $*"
   "$@" > "$RUN/$name.log" 2>&1 || { tail -n 20 "$RUN/$name.log" >&2; echo "stopped in $name; see $RUN/$name.log" >&2; exit 1; }
+  if compgen -G "$RUN/*/checkpoint-*" > /dev/null; then echo "$name was told to stop: start this again" >&2; exit 1; fi
   touch "$RUN/$name.done"
   local spent=$((SECONDS - started))
   echo "[$stage/$stages] $name took $((SECONDS - begun)) s; $((spent / 60)) min so far, about" \

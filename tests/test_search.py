@@ -266,8 +266,10 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     child.send_signal(signal.SIGKILL)
     child.wait()
     assert part.exists() and not out.exists()
-    with open(part, "a") as file:
-        file.write('{"id": "half a li')  # what a kill in the middle of a write leaves
+    with open(part, "a", encoding="utf-8") as file:
+        file.write('{"id": "half a li\u043a')  # what a kill in the middle of a write leaves
+    part.write_bytes(part.read_bytes()[:-1])  # and in the middle of a character
+    (tmp_path / "rows.jsonl.partial").write_text("")
     with pytest.raises(SystemExit):
         search.main(flags)
     assert "pass --resume" in capsys.readouterr().err and part.exists()

@@ -1,4 +1,5 @@
 """train.py on a model of two thin layers: what is exact is compared exactly, on one rank and on two gloo ranks."""
+import gzip
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 import evaluate
 import train
 from prm_model import load_prm
-from rows import from_math_shepherd, from_prm800k, held_out, load_data, read_set
+from rows import from_math_shepherd, from_prm800k, held_out, load_data, read_set, split
 from tiny import world
 from tiny.make import make_tokenizer
 
@@ -159,6 +160,9 @@ def test_split_by_problem_and_shares(home, tmp_path):
     found = load_data([f"{home}/rows.jsonl"], "auto", "good", 10**6, 0)
     assert len(found) == 48
     assert held_out("What  is\n1+1?", 0.5) == held_out("What is 1+1?", 0.5)  # spaces are no new problem
+    train_rows, val_rows = split([("a:1", dict(prompt="1 + 1?")), ("a:2", dict(prompt="2 + 2?"))],
+                                 [("b:1", dict(prompt=" 1  + 1?"))], 0, 9)
+    assert ([w for w, _ in train_rows], [w for w, _ in val_rows]) == (["a:2"], ["b:1"])
     assert 60 < sum(held_out(f"problem {i}", 0.1) for i in range(1000)) < 140
     (tmp_path / "small.jsonl").write_text("".join(
         json.dumps(dict(prompt=f"q{i}", completions=["a"], labels=[1])) + "\n" for i in range(10)))
@@ -249,6 +253,7 @@ GOOD = dict(prompt="q", completions=["a", "b"], labels=[1, 0])
     (json.dumps({**GOOD, "labels": [1, float("nan")]}), "bad.jsonl:2: labels: nan is not in [0, 1]"),
     (json.dumps({**GOOD, "labels": [1, "+"]}), "bad.jsonl:2: labels: '+' is not in [0, 1]"),
     (json.dumps({**GOOD, "prompt": None}), "bad.jsonl:2: prompt"),
+    (json.dumps({**GOOD, "prompt": "\ud800"}), "jsonl:2: "),
     (json.dumps({**GOOD, "completions": "ab"}), "bad.jsonl:2: completions"),
     ('{"label": {"steps": 3}}', "bad.jsonl:2: not a prm800k row"),
     ('{"input": "What? Step 1: x ки", "label": "What? Step 1: x *"}', "bad.jsonl:2: label: '*' where"),
@@ -272,7 +277,8 @@ def fails(capsys, message, argv):
     (["--data", "nothing.jsonl"], "nothing.jsonl: no such file"),
     (["--val-fraction", "0"], "validation would be empty"), (["--val-fraction", "1"], "training would be empty"),
     (["--max-length", "5"], "no row has a label within 5 tokens"),
-    (["--batch-size", "0"], "--batch-size must be positive"), (["--model", "nowhere"], "nowhere: no such folder"),
+    (["--batch-size", "0"], "--batch-size must be positive"), (["--lr", "0"], "--lr must be positive"),
+    (["--device", "mps"], "--device mps: there is none"), (["--model", "nowhere"], "nowhere: no such folder"),
     (["--fsdp"], "--fsdp needs torchrun"),
 ])
 def test_bad_flags(home, tmp_path, capsys, more, message):
@@ -282,8 +288,11 @@ def test_bad_flags(home, tmp_path, capsys, more, message):
 def test_out_is_taken_or_full(home, tmp_path, capsys, monkeypatch):
     (tmp_path / "thesis.tex").write_text("years of work")
     fails(capsys, "is taken", flags(home, tmp_path))
+    fails(capsys, "is taken", flags(home, tmp_path, "--resume"))  # that is no run of ours
     fails(capsys, "cannot be written", flags(home, tmp_path / "thesis.tex" / "out"))
     (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q"}\n' * 99)[:-20] + b"x" * 20)
+    fails(capsys, "broken.jsonl.gz:", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/broken.jsonl.gz"])
     fails(capsys, "no rows", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/empty.jsonl"])
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -375,6 +384,8 @@ def test_kill_9_and_resume(home, whole, tmp_path):
     run.stdout.close()
     assert run.wait() == -signal.SIGKILL
     assert not read_log(tmp_path / "out", "end")
+    with open(tmp_path / "out" / "log.jsonl", "a") as file:
+        file.write('{"kind": "tra')  # a line cut off by the kill
     train.main([*argv, "--resume"])
     assert losses(tmp_path / "out") == losses(whole[0]), at
 
@@ -409,6 +420,16 @@ def test_nan_stops_the_run_and_names_the_row(home, tmp_path, capsys):
     assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "out"))
     if done:
         assert (tmp_path / "out" / f"checkpoint-{done[-1]:08d}").exists()
+
+
+def test_a_nan_in_validation_is_never_the_best(home, tmp_path, monkeypatch):
+    original, calls = train.evaluate, [0]
+
+    def evaluate(*a):
+        calls[0] += 1
+        return original(*a) | ({"loss": math.nan} if calls[0] == 2 else {})  # the first after a step
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    assert train.main(flags(home, tmp_path / "out"))["best_step"] > 1
 
 
 def test_truncated_rows_train_without_nan(home, tmp_path):
@@ -469,18 +490,22 @@ def two_ranks(rank, port, home, runs, queue):
 
 def test_two_ranks(home, whole, tmp_path):
     """All that needs two processes, in one pair of them: torch takes seconds to start."""
-    one, ddp, ddp_cut, fsdp, fsdp_cut, early = (
-        tmp_path / n for n in ("one", "ddp", "ddp_cut", "fsdp", "fsdp_cut", "early"))
+    one, ddp, ddp_cut, fsdp, fsdp_cut, early, ddp_4, fsdp_4 = (
+        tmp_path / n for n in ("one", "ddp", "ddp_cut", "fsdp", "fsdp_cut", "early", "ddp_4", "fsdp_4"))
     train.main(flags(home, one, "--accumulate", 2))  # dropout on: its masks belong to micro-batches, not to ranks
     stop = ("--lr", 10, "--patience", 1, "--eval-every", 1, "--clip", 1e9)
     runs = [(flags(home, ddp), 0), (flags(home, ddp_cut), 3), (flags(home, ddp_cut, "--resume"), 0),
             (flags(home, fsdp, "--fsdp"), 0), (flags(home, fsdp_cut, "--fsdp"), 5),
-            (flags(home, fsdp_cut, "--fsdp", "--resume"), 0), (flags(home, early, *stop), 0)]
+            (flags(home, fsdp_cut, "--fsdp", "--resume"), 0), (flags(home, early, *stop), 0),
+            (flags(home, ddp_4, "--accumulate", 2), 0), (flags(home, fsdp_4, "--accumulate", 2, "--fsdp"), 0)]
     queue = mp.get_context("spawn").SimpleQueue()
     mp.spawn(two_ranks, (29500 + os.getpid() % 2000, home, runs, queue), nprocs=2)
     done = [queue.get() for _ in range(2 * len(runs))]
     assert close(ddp, one)      # gradients (their norms), losses, validation
     assert close(fsdp, ddp)
+    train.main(flags(home, tmp_path / "one_4", "--accumulate", 4))
+    assert close(ddp_4, tmp_path / "one_4")  # accumulated on each rank, too
+    assert close(fsdp_4, ddp_4)
     assert losses(ddp_cut) == losses(ddp)  # stopped in one rank's step, resumed on both
     assert close(fsdp_cut, fsdp, 1e-9)
     stopped = [(flag, steps) for _, out, flag, steps in done if out == str(early)]
