@@ -372,8 +372,8 @@ def main(argv=None):
         voters = {}
         for i, path in enumerate(args.policies):
             name = next(x for x in (Path(path).name, path, *(f"{path}#{n}" for n in range(2, 99))) if x not in voters)
-            again = args.policies[:i].count(path)  # the same LLM twice: other rollouts, or it would agree with itself
-            voters[name] = load_policy_flags(args, device, path, seed=f"{args.seed}#{again}" if again else args.seed)
+            # Each voter has random numbers of its own: by the same ones they would be lucky and unlucky together.
+            voters[name] = load_policy_flags(args, device, path, seed=f"{args.seed}#{i}" if i else args.seed)
         sampler = next(iter(voters.values()))
         if args.sampler or args.sampler_temperature is not None:
             heat = args.temperature if args.sampler_temperature is None else args.sampler_temperature
