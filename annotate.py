@@ -219,7 +219,7 @@ def annotate(jobs, voters, judge, args):
         # a given solution may be the beginning of one, as PRM800K's rated alternatives are
         right = [None if s[2] == "given" and v.why == "no answer" else v.ok for s, v in zip(solutions, verdicts)]
         for (name, steps, end, source, own), verdict, ends_right in zip(solutions, verdicts, right):
-            known = problem.answer is not None or problem.tests
+            known = problem.tests if problem.domain == "code" else problem.answer is not None
             reason = ("no answer is known" if not known else "unfinished" if end == "length" else
                       "the judge timed out" if verdict.why == "timeout" else
                       "duplicate" if tuple(steps) in seen else
@@ -299,15 +299,19 @@ def summarise(records, voters):
 def collect(args):
     """[(problem, None)] to sample solutions of, or [(problem, solutions)] of --data, each (id, steps, end, source,
     own first error). A row's problem is found by its question among --task's problems, or it brings its "answer"."""
-    problems = [p for task in args.task for p in
-                tasks.load(task, split=args.split or ("train" if task.startswith("tiny") else None),
-                           data=args.task_data, limit=None if args.data else args.limit, seed=args.seed)]
+    problems = []
+    for task in args.task:
+        tiny = task.startswith("tiny")
+        limit = args.limit if not args.data else 10_000 if tiny else None  # a world has no end
+        problems += tasks.load(task, args.task_data, args.split or ("train" if tiny else None), limit, args.seed)
     if not args.data:
         return [(p, None) for p in problems]
     known = {" ".join(p.question.split()): p for p in problems}
     found, used = {}, Counter()
     for file in args.data:
         for where, row in itertools.islice(read_set(file, args.format, args.neutral), args.limit):
+            if row.get("domain") not in (None, "math", "code") or not isinstance(row.get("id", ""), (str, int)):
+                raise ValueError(f"{where}: domain: math or code is expected, id: a text")
             question = " ".join(row["prompt"].split())
             if question not in known:
                 known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], row.get("domain") or "math")

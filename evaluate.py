@@ -32,7 +32,7 @@ import json
 import math
 import random
 import statistics
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -209,7 +209,11 @@ def first_error(args, bench):
     key = "F1" if len({y >= 0 for _, _, y in items}) == 2 else "step F1"  # F1 needs solutions of both kinds
     best = max((t / 50 for t in range(1, 50)), key=lambda t: first_error_figures(dev, t)[key] or 0.0)
     figures = first_error_figures(test, best)
-    _, low, high = interval(test, lambda x: first_error_figures(x, best)[key] or 0.0, 200)
+    groups = {}  # solutions of one problem stay together
+    for p, (question, _, y), side in zip(scores, items, half):
+        groups.setdefault(question, []).extend([(p, y)] * side)
+    _, low, high = interval([x for x in groups.values() if x],
+                            lambda some: first_error_figures(sum(some, []), best)[key] or 0.0, 200)
     rng = random.Random(0)  # guessing: the same solutions with p uniform in (0, 1)
     chance = first_error_figures([([rng.random() for _ in scores], y) for scores, y in test], 0.5)[key]
     return figures | {f"{key} low": low, f"{key} high": high, f"{key} of chance": chance}
@@ -223,6 +227,18 @@ def written(path):
     return [str(path), *(f.stat().st_mtime_ns for f in [path, *sorted(path.glob("*.safetensors"))] if f.is_file())]
 
 
+def one(load):
+    """load(path), kept until another path is asked for. The old one goes before the new one comes."""
+    kept = {}
+
+    def get(path):
+        if path not in kept:
+            kept.clear()
+            kept[path] = load(path)
+        return kept[path]
+    return get
+
+
 class Bench:
     """Models, loaded when they are first needed, and the folder of what was done."""
 
@@ -230,8 +246,8 @@ class Bench:
         self.args, self.out, self.made = args, Path(args.out), set()
         self.rank, _, device = distributed(args.device)
         # one of each at a time: an exhibit goes through dozens of PRMs, one after the other
-        self.policy = lru_cache(1)(lambda path: load_policy_flags(args, device, path))
-        self.prm = lru_cache(1)(lambda path: load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens))
+        self.policy = one(lambda path: load_policy_flags(args, device, path))
+        self.prm = one(lambda path: load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens))
 
     @cached_property
     def problems(self):
@@ -256,8 +272,9 @@ class Bench:
     def settings(self, *flags):
         """What a file of rows depends on: the sampling, and these flags of the search."""
         sampling = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens", "separator",
-                    "policy_model", "chat_tokenizer", "dtype", "seed", "task", "data", "split")
-        return {name: getattr(self.args, name) for name in (*sampling, *flags)}
+                    "policy_model", "chat_tokenizer", "dtype", "seed", "task", "split")
+        return {"data": self.args.data and written(self.args.data),
+                **{name: getattr(self.args, name) for name in (*sampling, *flags)}}
 
     def run(self, strategy, policy, prm=None, **options):
         """Sample rows of a strategy; best_of_n without a PRM is the plain pool of samples."""
@@ -398,6 +415,9 @@ def fig4(bench, args, axis="tokens"):
         c = [r["cost"] for r in rows]
         return statistics.fmean(x["policy_generated"] if axis == "tokens" else
                                 x["seconds"] - (0 if prm else x["prm_seconds"]) for x in c)
+
+    def above(right, same):  # at the same tokens, so not in a figure of seconds
+        return dict(zip(("above_best_of_n", "se", "z"), paired(right, same))) if axis == "tokens" else {}
     for domain, rows in pool.items():
         for n in powers(args.n):
             points.append(point(f"{domain}, best-of-N", cost(rows) * n / args.n, [prm_at(r, n, how=how) for r in rows],
@@ -407,16 +427,13 @@ def fig4(bench, args, axis="tokens"):
         for (k, m), found in beams.items():
             right = [search.right(r, r["picked"]) for r in found[domain]]
             same = [at_budget(r, b["cost"]["policy_generated"], how) for r, b in zip(more[domain], found[domain])]
-            d, se, z = paired(right, same)
-            points.append(point(f"{domain}, beam", cost(found[domain]), right, width=f"{k}x{m}",
-                                above_best_of_n=d, se=se, z=z))
+            points.append(point(f"{domain}, beam", cost(found[domain]), right, width=f"{k}x{m}", **above(right, same)))
         most = cost(trees[domain])
         for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
             right = [anytime(r, **{axis: most * share if share < 1 else math.inf}) for r in trees[domain]]
             spent = [r["cost"]["policy_generated"] if share == 1 else most * share for r in trees[domain]]
-            d, se, z = paired(right, [at_budget(r, t, how) for r, t in zip(more[domain], spent)])
-            points.append(point(f"{domain}, MCTS", most * share, right,
-                                **({"above_best_of_n": d, "se": se, "z": z} if axis == "tokens" else {})))
+            same = [at_budget(r, t, how) for r, t in zip(more[domain], spent)]
+            points.append(point(f"{domain}, MCTS", most * share, right, **above(right, same)))
     return points, "generated tokens a problem" if axis == "tokens" else "seconds a problem", "accuracy", "log"
 
 
@@ -438,8 +455,9 @@ def fig6(bench, args):
         if not (noticed := groups["corrected"]):
             raise ValueError(f"{label} notices no mistake of {corrections} corrected ones: raise --limit or --n")
         row, sample, _ = max(noticed, key=lambda x: max(x[1]["scores"]) - min(x[1]["scores"]))
-        print(f"\n{label} notices {len(noticed)} of {corrections} mistakes that are corrected with success, as in",
-              row["question"], *map(coloured, sample["steps"], sample["scores"]), sep="\n")
+        if bench.rank == 0:
+            print(f"\n{label} notices {len(noticed)} of {corrections} mistakes that are corrected with success, as in",
+                  row["question"], *map(coloured, sample["steps"], sample["scores"]), sep="\n")
         for (kind, found), domain, at in itertools.product(groups.items(), by_domain(pool), range(-2, 4)):
             p = {}  # of each problem, so that the interval is over problems
             for r, s, i in found:
@@ -586,8 +604,14 @@ def read_samples(file):
             steps = s.get("steps") if isinstance(s, dict) else None
             if not isinstance(steps, list) or not steps or not all(isinstance(x, str) for x in steps):
                 raise ValueError(f"{file}:{number}: a sample without steps, which are texts")
-            if s.get("scores") is not None and len(s["scores"]) != len(s["steps"]):
-                raise ValueError(f"{file}:{number}: {len(s['scores'])} scores for {len(s['steps'])} steps")
+            p = s.get("scores")
+            if p is not None and not (isinstance(p, list) and all(isinstance(x, (int, float, type(None))) for x in p)):
+                raise ValueError(f"{file}:{number}: scores: a list of numbers is expected, or null")
+            if p is not None and len(p) != len(steps):
+                raise ValueError(f"{file}:{number}: {len(p)} scores for {len(steps)} steps")
+            s["scores"] = None if p is None or None in p else p  # search.py without a PRM writes a list of null
+            if not isinstance(s.get("correct", False), int):
+                raise ValueError(f"{file}:{number}: correct: true or false is expected")
         rows.append(row)
     if not rows:
         raise ValueError(f"{file}: no rows")

@@ -5,7 +5,7 @@ sets and the original schemas of PRM800K and Math-Shepherd.
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
     {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id, domain, source,
-    values (Monte-Carlo estimate of each step), rollouts, votes, first_error
+    values (Monte-Carlo estimate of each step; too high where rollouts stopped early), rollouts, votes, first_error
 Sample rows (search.py and evaluate.py write and read; other projects' outputs convert in a few lines):
     {"id", "domain", "question", "answer" or "tests", "picked": int, "cost": {...},
      "samples": [{"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool, "tokens": int}]}

@@ -81,6 +81,9 @@ def beam(root, k, m, prune=0.0, adaptive=False, path_score=None, **_):
         candidates = [node for node in beams if node.end] + [s for steps in groups for s in merge(steps)]
         kept = [node for node in candidates if node.p >= prune] or candidates  # Appendix D.3
         beams = sorted(kept, key=path_score, reverse=True)[:k]  # stable: ties keep sampling order
+        for dropped in {s for steps in groups for s in steps}.difference(beams):
+            dropped.kv.clear()  # nothing will follow it, and most of the tree's memory is in what was dropped
+            dropped.hidden.clear()
 
 
 def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, adaptive=False, **_):

@@ -84,7 +84,7 @@ def compare(name, policy_of, prm, problems):
                        ("seconds", seconds, slow_seconds)):
         print(f"{what:<24}{a:>12,.1f}{b:>12,.1f}{b / a:>8.1f}")
     print(f"same candidates: {same}; largest difference of scores {apart:.1e}")
-    print(f"cache of the whole tree, nothing pruned: {sum(t.nbytes for t in held) / 2**20:.1f} MiB = "
+    print(f"cache at the end, without what beam search has dropped: {sum(t.nbytes for t in held) / 2**20:.1f} MiB = "
           f"{sum(map(len, held)):,} tokens (both models) x 2 x layers {config.num_hidden_layers} x kv heads "
           f"{config.num_key_value_heads} x head dimension {config.hidden_size // config.num_attention_heads} x 4 bytes")
 

@@ -15,9 +15,9 @@ POLICY=${POLICY:-Qwen/Qwen2.5-7B-Instruct} SERVED=${SERVED:-} BASE=${BASE:-Qwen/
 VOTERS=${VOTERS:-$POLICY} CODER=${CODER:-$POLICY} REFERENCE=${REFERENCE:-${SERVED:-$POLICY}}
 TASK=${TASK:-gsm8k} CODETASK=${CODETASK:-humaneval+} ERRORSET=${ERRORSET:-processbench}
 TRAIN=${TRAIN:-} TEST=${TEST:-} CODE=${CODE:-} ERRORS=${ERRORS:-}
-PROBLEMS=${PROBLEMS:-2000} LIMIT=${LIMIT:-500} N=${N:-8} K=${K:-8} TOKENS=${TOKENS:-128} STEPS=${STEPS:-8}
+PROBLEMS=${PROBLEMS:-2000} LIMIT=${LIMIT:-500} N=${N:-8} K=${K:-8} TOKENS=${TOKENS:-128} CODETOKENS=${CODETOKENS:-512} STEPS=${STEPS:-8}
 EPOCHS=${EPOCHS:-2} VALIDATION=${VALIDATION:-0.1} LR=${LR:-1e-5} LRHEAD=${LRHEAD:-1e-4} BATCH=${BATCH:-16384}
-TRAINING=${TRAINING---checkpointing} SIMILAR=${SIMILAR:-100} CONCURRENT=${CONCURRENT:-100}
+TRAINING=${TRAINING---checkpointing} SIMILAR=${SIMILAR:-100} CONCURRENT=${CONCURRENT:-100} ATONCE=${ATONCE:-65536}
 STRATEGIES=${STRATEGIES:-best_of_n majority beam}
 stages=6
 . recipes/stages.sh
@@ -36,14 +36,17 @@ run train ranks train.py --data "$RUN/rows.jsonl" --model "$BASE" --out "$RUN/pr
 run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$ERRORS"} --limit 400 --prm "$RUN/prm" \
   --dtype "$DTYPE" --out "$RUN/first-error" --json "$RUN/first-error.json"
 # §4.2 on math, and §4.3 on code: the PRM has seen none
-compare() {  # compare NAME TASK FILE POLICY
+compare() {  # compare NAME TASK FILE POLICY [flags]
   run "$1" ranks evaluate.py --task "$2" ${3:+--data "$3"} --policy "$4" --prm "$RUN/prm" --strategies $STRATEGIES \
-    --N "$N" --limit "$LIMIT" --concurrent "$CONCURRENT" "${sampling[@]}" --out "$RUN/$1" --json "$RUN/$1.json"
+    --N "$N" --limit "$LIMIT" --concurrent "$CONCURRENT" --max-batch-tokens "$ATONCE" \
+    "${sampling[@]}" "${@:5}" --out "$RUN/$1" --json "$RUN/$1.json"
 }
 compare math "$TASK" "$TEST" "$POLICY"
-compare code "$CODETASK" "$CODE" "$CODER"
+compare code "$CODETASK" "$CODE" "$CODER" --max-step-tokens "$CODETOKENS"  # a program is one step
 # Table 2, on the samples that best-of-N chose from
 newest() { ls -t "$RUN/$1"/done/best_of_n-*.jsonl | head -n 1; }
-run similarity ranks similarity.py --sets "$(newest math)" "$(newest code)" \
+# --offload adds up vectors of the model's size in main memory, which takes all cores
+THREADS=$((($(nproc --all) + PROCESSES - 1) / PROCESSES))
+OMP_NUM_THREADS=${SIMILARTHREADS:-$THREADS} run similarity ranks similarity.py --sets "$(newest math)" "$(newest code)" \
   --model "$REFERENCE" --limit "$SIMILAR" --offload --dtype "$DTYPE" --json "$RUN/similarity.json"
 tail -n 40 "$RUN"/{first-error,math,code,similarity}.log

@@ -13,7 +13,10 @@ run() {
   if [ -e "$RUN/$name.done" ]; then echo "[$stage/$stages] $name: done already"; return; fi
   echo "[$stage/$stages] $name: $*"
   "$@" > "$RUN/$name.log" 2>&1 || { tail -n 20 "$RUN/$name.log" >&2; echo "stopped in $name; see $RUN/$name.log" >&2; exit 1; }
-  if compgen -G "$RUN/*/checkpoint-*" > /dev/null; then echo "$name was told to stop: start this again" >&2; exit 1; fi
+  local left
+  for left in "$RUN"/*/checkpoint-*; do  # of this stage's --out, not of another one's
+    if [[ -e $left && " $* " == *" --out ${left%/*} "* ]]; then echo "$name was told to stop: start this again" >&2; exit 1; fi
+  done
   touch "$RUN/$name.done"
   local spent=$((SECONDS - started))
   echo "[$stage/$stages] $name took $((SECONDS - begun)) s; $((spent / 60)) min so far, about" \

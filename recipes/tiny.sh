@@ -23,6 +23,7 @@ else
 fi
 set -- $RUNS
 stages=$((11 + 10 * $#))
+[ "$MODELS" = tiny ] || stages=$((stages + 1))
 . recipes/stages.sh
 train() {  # train NAME ROWS BACKBONE [flags]: one PRM for each seed of RUNS; 64 rows a step, whatever PROCESSES
   local name=$1 data=$2 backbone=$3 seed

@@ -214,7 +214,7 @@ def main(argv=None):
             print(f"{stage}: done already")
         return stage in args.stages and not done
     models = [x for x in MODELS if todo(x)]
-    if (models or args.stages == ["tokenizer"]) and todo("tokenizer"):  # each model's folder has a copy
+    if (models or args.stages != STAGES) and todo("tokenizer"):  # each model's folder has a copy
         make_tokenizer(args.out / "tokenizer")
     if len(models) == 1:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
