@@ -59,6 +59,7 @@ PROCESSES = 64  # processes and threads of one program
 FILES = 64 << 20  # bytes a program may write to one file, and to its scratch folder
 OUTPUT = 16 << 20  # bytes a program may print or return
 LONG = 1 << 17  # characters; a longer value is compared by its digest: HumanEval/15 returns 6.9 MB for one input
+THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # CPU time is what counts
 SECONDS = 2.0  # CPU seconds per test when nothing better is known; multiplied by slowness()
 TOTAL = 20.0  # CPU seconds for all tests of one program, beyond what the reference solution needs
 
@@ -223,7 +224,8 @@ def run_program(tests, code, inputs=None, longer=1):
     limit = longer * _limit(tests)
     total = max(limit, longer * TOTAL * slowness() + 4 * sum(tests.get("seconds") or ()))
     request = {"kind": kind, "limit": limit if kind in ("call", "stdin") else total, "total": total,
-               "code": tests.get("prelude", "") + code, "entry": tests.get("entry"), "json": tests.get("json"),
+               "prelude": tests.get("prelude", ""), "code": code, "entry": tests.get("entry"),
+               "json": tests.get("json"),
                "test": "" if kind == "call" else tests.get("test"), "token": os.urandom(16).hex(), "stdin": "",
                "preload": [m for m in ("numpy", "pandas", "matplotlib", "math_verify") if m in code]
                + ["unittest.mock"] * ("test" in tests)}
@@ -362,7 +364,8 @@ def _start_worker():
     # a fixed hash seed repeats the order of sets; nothing else of our environment; fd 2 is for faults of our own
     worker = subprocess.Popen([sys.executable, "-c", "import sys, judge; judge.zygote(sys.argv[1])", scratch],
                               cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              env={"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MPLCONFIGDIR": scratch})
+                              env={"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MPLCONFIGDIR": scratch,
+                                   **THREADS})
     _pool["all"].append(worker)
     hello = worker.stdout.readline()
     if not hello:
@@ -387,6 +390,9 @@ def _ask(request):
             line = worker.stdout.readline()
     if not line:
         worker.kill()
+        worker.communicate()  # no zombie, no open pipes
+        with _lock, contextlib.suppress(ValueError):
+            _pool["all"].remove(worker)
         return {"out": "", "end": "killed the judge", "left": False}
     _pool["idle"].append(worker)
     return json.loads(line)
@@ -433,10 +439,21 @@ def _isolate(scratch):
     uid, gid, own = os.getuid(), os.getgid(), 30000 + os.getpid() % 30000
     got = {"namespaces": False, "readonly": False, "uid": None}
     spaces = 0x68020000 | (0x10000000 if uid else 0)  # CLONE_NEWNS, NEWIPC, NEWPID, NEWNET; NEWUSER
-    if LINUX and not LIBC.unshare(spaces):
-        if uid:
+
+    def enter():
+        if LIBC.unshare(spaces):
+            return False
+        try:
             for name, line in (("setgroups", "deny"), ("uid_map", f"{uid} {uid} 1"), ("gid_map", f"{gid} {gid} 1")):
-                Path(f"/proc/self/{name}").write_text(line)
+                if uid:
+                    Path(f"/proc/self/{name}").write_text(line)
+        except OSError:  # Ubuntu since 23.10 grants a user namespace, and nothing in it
+            return False
+        return True
+    trial = os.fork() if LINUX else 0  # what is entered cannot be left: a child tries first
+    if LINUX and not trial:
+        os._exit(not enter())
+    if LINUX and os.waitpid(trial, 0)[1] == 0 and enter():
         pid = os.fork()
         if pid:  # the launcher only waits; the worker sees its closed pipe, or dies with it
             os._exit(os.waitpid(pid, 0)[1] != 0)
@@ -508,6 +525,9 @@ def _serve(request, scratch, isolation):
     if end == "done" and code:
         ends = {-signal.SIGPROF: "timeout", -signal.SIGXCPU: "timeout", 77: "memory"}
         end = ends.get(code, f"exit code {code}")
+    for folder, names, _ in os.walk(scratch):  # what a program closed, only root could empty
+        for path in [path for path in (os.path.join(folder, n) for n in names) if not os.path.islink(path)]:
+            os.chmod(path, 0o700)
     for path in Path(scratch).iterdir():
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     return {"out": out.decode("utf-8", "replace"), "end": end, "left": left}
@@ -572,6 +592,7 @@ def _child(request, stdin, out, isolation):
         os.closerange(4, 256)
         os.dup2(1, 2)  # nowhere
         os.environ.clear()
+        os.environ.update(THREADS)
         os.setsid()
         own = isolation["uid"]
         if own:
@@ -605,8 +626,9 @@ def _guard(own_user):
     """
     scratch, writing = os.path.realpath("."), os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     changes = {"os." + n for n in "chmod chown link mkdir remove rename rmdir symlink truncate utime".split()}
+    changes.add("shutil.rmtree")
     refused = ("socket.",) if own_user else ("socket.", "os.kill", "os.fork", "os.exec", "os.posix_spawn", "os.system",
-                                             "os.spawn", "subprocess.", "ctypes.dlopen", "shutil.rmtree")
+                                             "os.spawn", "subprocess.", "ctypes.dlopen")
 
     def hook(event, args):
         paths = args[:2] if event in changes else args[:1] if event == "open" and args[2] & writing else ()
@@ -621,7 +643,8 @@ def _load(request):
     """Execute the program as a fresh __main__; returns its namespace."""
     signal.setitimer(signal.ITIMER_PROF, request["limit"])  # CPU time; its signal kills, so there is nothing to catch
     module = sys.modules["__main__"] = types.ModuleType("__main__")
-    exec(compile(request["code"], "<program>", "exec", dont_inherit=True), module.__dict__)
+    for source in (request["prelude"], request["code"]):  # apart: a program may begin with "from __future__"
+        exec(compile(source, "<program>", "exec", dont_inherit=True), module.__dict__)
     return module.__dict__
 
 

@@ -6,7 +6,7 @@ once however many samples are drawn from it, a prefix shared by two nodes is com
 or branch again need no copying rules. The PRM (prm_model.py) uses the same cache for its own keys and values.
 
 Any Hugging Face causal LM with Llama-like attention will do (num_key_value_heads in its config, full attention in every
-layer): a local folder or a hub id; or a server that speaks OpenAI's /v1/completions (vLLM, SGLang, llama.cpp,
+layer): a local folder or a hub id; or a server that speaks OpenAI's /v1/completions with n above 1 (vLLM, SGLang,
 `transformers serve`), which shares prefixes by itself.
 
     policy = load_policy("tiny/A")
@@ -17,6 +17,7 @@ layer): a local folder or a hub id; or a server that speaks OpenAI's /v1/complet
 Shapes: B rows, M new tokens, P prefix tokens, L layers, H key-value heads, D head dimension, V vocabulary.
 """
 import hashlib
+import http.client
 import json
 import os
 import re
@@ -470,15 +471,19 @@ class ServerPolicy:
         # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart (None: the
         # end), and so does a server that returns the separator; else the end shows one request later, as no text.
         self.returns_stop |= not whole and text.endswith(self.separator)
-        while not whole and reason == "stop" and text.count("```") % 2 and choice.get("stop_reason", "?") is not None:
+        while not whole and reason == "stop" and text.count("```") % 2 and isinstance(_stop(choice), str):
+            if len(logps) >= body["max_tokens"]:
+                reason = "length"
+                break
             before = text.removesuffix(self.separator) + self.separator  # stopped inside a code fence: go on
-            choice = self._post({**body, "prompt": body["prompt"] + before, "n": 1, "seed": key % (1 << 31)})[0]
+            choice = self._post({**body, "prompt": body["prompt"] + before, "n": 1, "seed": key % (1 << 31),
+                                 "max_tokens": body["max_tokens"] - len(logps)})[0]
             if not choice["text"]:
                 break  # an end of text inside the fence: asking again would change nothing
             text, logps, reason = before + choice["text"], logps + choice["logps"], choice.get("finish_reason")
             self.returns_stop |= choice["text"].endswith(self.separator)
-        over = whole or (choice["stop_reason"] is None if "stop_reason" in choice else not text.strip() or
-                         self.returns_stop and not text.endswith(self.separator))
+        over = whole or not isinstance(_stop(choice), str) or _stop(choice) == "?" and (
+            not text.strip() or self.returns_stop and not text.endswith(self.separator))
         parts = [text] if not whole else _cut(text, self.separator)
         node = parent
         for i, part in enumerate(parts):
@@ -510,10 +515,16 @@ class ServerPolicy:
                 words = error.read().decode(errors="replace")[:500]
                 if error.code != 429 and error.code < 500:
                     raise ValueError(f"{self.url} refused the request ({error.code}): {words}") from error
-            except OSError as error:  # no connection, or none any more
+            except (OSError, http.client.HTTPException) as error:  # no connection, or none any more
                 words = str(error)
             time.sleep(wait)
         raise ValueError(f"{self.url} did not answer after {self.retries} tries: {words}")
+
+
+def _stop(choice):
+    """What ended a choice: a text is the separator, None (vLLM) or a token's number (SGLang, and vLLM's second
+    end-of-text token) the end; "?" where the server does not say."""
+    return choice.get("stop_reason", choice.get("matched_stop", "?"))
 
 
 def _choices(answer, url):
@@ -607,6 +618,8 @@ def add_policy_flags(parser, default=None):
 def load_policy_flags(args, device, path=None, **keywords):
     if args.temperature < 0 or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
+    if min(args.max_step_tokens, args.max_steps, args.max_solution_tokens, args.max_batch_tokens) < 1:
+        raise ValueError("--max-step-tokens, --max-steps, --max-solution-tokens, --max-batch-tokens: 1 or more")
     names = ("seed", "temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens", "max_batch_tokens",
              "chat_tokenizer")
     options = {**{name: getattr(args, name) for name in names}, **keywords}

@@ -226,6 +226,11 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
                 s.request = s.answer(own)
                 if s.spent >= s.tokens or s.took >= s.seconds:
                     s.request = None
+                if s.request is None:
+                    s.plan.close()  # it holds left(), which holds s: the tree would wait for the garbage collector
+                    for node in [s.root, *s.tried]:
+                        node.kv.clear()
+                        node.hidden.clear()
         if progress is not None:  # with a real model no problem may be done for minutes: show the tokens, too
             progress.set_postfix_str(f"{sum(s.spent for s in searches)} tokens", refresh=False)
             progress.update(sum(s.request is None for s in live))
@@ -364,7 +369,8 @@ def add_search_flags(parser):
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--simulate", choices=["rollout", "value"], default="rollout",
       help="MCTS: value a node by a rollout (as the paper), or by the reward of the path to it")
-    a("--choose", choices=["best", "visited"], default="best", help="MCTS: the best solution, or the most visited")
+    a("--choose", choices=["best", "visited"], default="best",
+      help="MCTS: the best solution, or (unless a budget ends it) the most visited")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward of a solution from its steps' p_t (prod)")
     a("--beam-score", choices=AGGREGATIONS, default="sum", help="beam: cumulative score of a path (sum, as the paper)")
     a("--weighted", action="store_true", help="majority: each vote weighs its solution's reward")

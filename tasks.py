@@ -133,6 +133,11 @@ def math_equal(gold, pred):
 
     import math_verify
 
+    if re.fullmatch(r"-?[\d.,]+", gold.strip()):  # math-verify knows some units, and reads others as d * o * l * ...
+        no_units = ("hundred|thousand|million|billion|trillion|dozen|times|plus|minus|over|divided|squared|cubed|sqrt|"
+                    "factorial|half")
+        unit = rf"^(\\?\$?-?\d[\d,]*(?:\.\d+)?)\s+(?!.*\b(?:{no_units}))[A-Za-z]{{3,}}[A-Za-z ]*$"
+        pred = re.sub(unit, r"\1", pred.strip())
     pred = re.sub(r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])", r"\\\1", pred)  # "pi/2" is not p times i
     pred = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", pred)
     parsed = [math_verify.parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in (gold, pred)]
