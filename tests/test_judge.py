@@ -135,6 +135,15 @@ def test_hostile_programs(kind, tmp_path, monkeypatch):
     assert not (tmp_path / "was_here").exists()
 
 
+def test_unusual_but_right():
+    """A program that closes a folder it made, and one that begins with an import from __future__ behind a prelude."""
+    problem, _ = kind_of("call")
+    closes = "import os\nos.mkdir('a')\nopen('a/f', 'w').close()\nos.chmod('a', 0o500)\n" + GOOD
+    future = Problem("p", "q", "code", tests={**problem.tests, "prelude": "import math\n"})
+    items = [(problem, closes), (future, "from __future__ import annotations\n" + GOOD), (problem, GOOD)]
+    assert [v.why for v in judge_many(items, workers=1)] == ["ok"] * 3
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux") or os.getuid() != 0, reason="needs root to drop a right")
 def test_root_without_namespaces_still_judges_and_cleans_up():
     """As in most containers: root, but no CAP_SYS_ADMIN. The user id and its process limit remain."""

@@ -1,4 +1,5 @@
 """The tree cache and the sampler: cached = uncached = batched, and a sample depends on nothing but its own key."""
+import contextlib
 import copy
 import json
 import threading
@@ -144,7 +145,7 @@ def test_errors_are_one_line_and_say_what_to_do(tokenizer, tmp_path):
 class Handler(BaseHTTPRequestHandler):
     """A small real server: says busy once, then answers. It continues "one\\n\\ntwo ```...```\\n\\nthree"."""
     script = "one\n\n```\na\n\nb\n```\n\nthree"
-    busy, seen = 1, []
+    busy, seen, sglang = 1, [], False
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -160,6 +161,8 @@ class Handler(BaseHTTPRequestHandler):
         cut = rest.find(body["stop"][0]) if "stop" in body else -1
         text = rest if cut < 0 else rest[:cut]
         choice = {"text": text, "finish_reason": "stop", "logprobs": {"token_logprobs": [-0.5] * len(text.split())}}
+        if self.sglang:
+            choice["matched_stop"] = body["stop"][0] if cut >= 0 else 151645
         return self.reply(200, {"choices": [choice] * body["n"]})
 
     def reply(self, code, body):
@@ -173,14 +176,37 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
+class Stuck(Handler):
+    """Never comes to the end of its code."""
+    busy, seen, script = 0, [], "```\n" + "a\n\n" * 99
+
+
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setattr(policy_module.time, "sleep", lambda s: None)
     Handler.busy, Handler.seen = 1, []
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    with serving(Handler) as url:
+        yield url
+
+
+@contextlib.contextmanager
+def serving(handler):
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=httpd.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{httpd.server_port}/v1"
     httpd.shutdown()
+
+
+def test_a_server_that_says_what_stopped_it_or_does_not_stop(server, monkeypatch):
+    monkeypatch.setattr(Handler, "sglang", True)
+    policy = load_policy(server, served="m")
+    [[two]] = policy.propose(policy.propose([policy.root("p", "Q?")], 1)[0], 1)
+    [[three]] = policy.propose([two], 1)
+    assert (two.end, three.text, three.end) == (None, "three", "eos")  # known at once, by the number of its token
+    with serving(Stuck) as url:
+        policy = load_policy(url, served="m", max_step_tokens=8)
+        [[step]] = policy.propose([policy.root("p", "Q?")], 1)
+    assert (step.end, len(step.ids), len(Stuck.seen)) == ("length", 8, 7)  # two tokens, then one in each reply
 
 
 def test_a_server_is_a_policy_too(server):

@@ -5,13 +5,15 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections import Counter
 
 import pytest
 from conftest import ROOT, TINY
 
 import search
-from policy import Node
+from policy import Node, load_policy
+from prm_model import load_prm
 from search import Search, beam, best_of_n, drive, mcts, merge, pick, uct_select
 
 
@@ -160,6 +162,19 @@ def test_budgets_are_respected_within_one_call(strategy, options):
     s, _ = run(strategy, tree, tokens=50, **options)
     assert s.spent <= 50 + 10 and s.request is None  # a whole solution is 10 tokens: one call's worth
     assert s.spent >= 50 or strategy is beam         # a beam of two is done with ten levels before
+
+
+@pytest.mark.parametrize("strategy, options", [(beam, {"k": 2, "m": 2}), (mcts, {"m": 2, "simulations": 9, "c": 1.0})])
+def test_a_search_that_is_over_gives_its_memory_back(strategy, options):
+    policy, prm = load_policy(TINY / "A"), load_prm(TINY / "prm")
+    for tokens in (40, math.inf):
+        s = Search(policy.root("p", "Ann has 7 shells. In January she finds 5. How many now?"), strategy,
+                   {**options, "path_score": total, "reward": total}, tokens)
+        drive([s], policy, [prm])
+        assert s.tried and not any(n.kv or n.hidden for leaf in s.tried for n in leaf.line())
+        gone = weakref.ref(s)
+        del s
+        assert gone() is None  # at once: no cycle that waits for the garbage collector
 
 
 def test_a_budget_of_seconds_ends_a_search():
