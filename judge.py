@@ -65,16 +65,18 @@ TOTAL = 20.0  # CPU seconds for all tests of one program, beyond what the refere
 
 
 def extract_code(text, problem):
-    """The program in a solution text: the last fenced block, else the text as a completion of the prompt.
+    """The program in a solution text: the last fenced block that defines the entry point, else the last one, else the
+    text as a completion of the prompt.
 
     A block or text that lacks the entry point goes behind the prompt, which holds its signature and imports.
     """
     blocks = re.findall(r"```[^\n`]*\n(.*?)(?:\n[ \t]*```|\Z)", text, re.S)
-    code = blocks[-1] if blocks else text
     prompt, name = problem.meta.get("prompt"), re.escape((problem.tests or {}).get("entry") or "")
+    defined = re.compile(rf"^\s*(?:async\s+)?(?:def|class)\s+{name}\b|^{name}\s*=", re.M)
+    code = ([b for b in blocks if name and defined.search(b)] or blocks or [text])[-1]
     if not prompt or not name:
         return code
-    if not re.search(rf"^\s*(?:async\s+)?(?:def|class)\s+{name}\b|^{name}\s*=", code, re.M):
+    if not defined.search(code):
         return prompt + code
     return problem.meta.get("helpers", "") + code  # HumanEval/38: the prompt defines what the body may call
 

@@ -13,6 +13,7 @@ program is taken out and run against the tests in the sandbox of judge.py, whose
 import ast
 import base64
 import contextlib
+import decimal
 import functools
 import inspect
 import io
@@ -61,8 +62,9 @@ def extract_answer(text):
             depth += (text[i] == "{") - (text[i] == "}")
             if not depth:
                 return text[start:i].strip() or None  # braces nest, so a regular expression will not do
-    if "####" in text:
-        return text.rsplit("####", 1)[1].strip().split("\n")[0].strip() or None
+    marked = re.findall(r"####\s*(-?\\?\$?[\d.,][^\n]*)", text) or re.findall(r"####([^\n]*)\s*\Z", text)
+    if marked:  # a number, or the last line: else it is a heading in Markdown
+        return marked[-1].strip() or None
     said = re.split(r"(?i)\banswer\s*(?:is\b\s*:?|:)", text)
     if len(said) == 1:
         return None
@@ -312,7 +314,10 @@ def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=()
 
 def _apps(row, n):
     """APPS and TACO (JSON strings inside JSON), and the derived form of CodeContests (plain objects)."""
-    cases = row["tests"] if "tests" in row else json.loads(row["input_output"] or '{"inputs": [], "outputs": []}')
+    def integer(digits):  # APPS has some of 9,000; int() refuses more than 4,300
+        return int(digits) if len(digits) < 4000 else int(decimal.Decimal(digits))
+    cases = row["tests"] if "tests" in row else json.loads(row["input_output"] or '{"inputs": [], "outputs": []}',
+                                                           parse_int=integer)
     solutions = row.get("solutions") or []
     question = (row["problem"] if "problem" in row else row["question"]) + "\n\n" + (row.get("starter_code") or "")
     return _contest(row.get("problem_id", row.get("id", n)), question.rstrip(), cases["inputs"], cases["outputs"],

@@ -43,6 +43,9 @@ def real(name):
     ("Final Answer: The final answer is $7$. I hope it is correct.", "7"),
     ("The answer is\n12", "12"),
     (r"\fbox{7}", "7"),
+    ("#### Step 1: add\nThe answer is 7.", "7"),  # a heading
+    ("so\n#### 18\n\nQuestion: and then?", "18"),
+    ("so\n#### x+1\n", "x+1"),
     ("We get 5 and then 6", None),
     ("", None),
 ])
@@ -276,6 +279,11 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
     with pytest.raises(ValueError, match="lcb.jsonl:1: .*system"):
         load("livecodebench", data=str(path))
     assert not (tmp_path / "was_here").exists()
+
+
+def test_apps_has_integers_that_int_refuses():
+    row = {"question": "Q", "input_output": '{"fn_name": "f", "inputs": [[1%s]], "outputs": [2]}' % ("0" * 5000)}
+    assert tasks._apps(row, 0).tests["inputs"] == [[10**5000]]
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):
