@@ -302,7 +302,7 @@ def collect(args):
     problems = []
     for task in args.task:
         tiny = task.startswith("tiny")
-        limit = args.limit if not args.data else 10_000 if tiny else None  # a world has no end
+        limit = args.limit if not args.data else max(100, args.limit) if tiny else None  # the tiny world has no end
         problems += tasks.load(task, args.task_data, args.split or ("train" if tiny else None), limit, args.seed)
     if not args.data:
         return [(p, None) for p in problems]
