@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from rows import gather, write_rows
+from rows import gather, whole_lines, write_rows
 
 
 def is_master():
@@ -39,7 +39,8 @@ def take_out(out, resume, overwrite, total, trained):
         try:
             out.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=out).close()
-            held = sum(f.stat().st_size for f in out.rglob("*") if f.is_file())  # will be replaced
+            replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
+            held = sum(f.stat().st_size for f in replaced)
             if (free := shutil.disk_usage(out).free + held) <= needed:
                 problem = f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         except OSError as error:
@@ -99,9 +100,9 @@ def load_checkpoint(folder, model, optimizer):
 
 
 def read_log(out):
-    """The rows of OUT/log.jsonl, without a last line that a kill or a full disk has cut off."""
+    """The finished lines of OUT/log.jsonl, none if there is no such file."""
     file = out / "log.jsonl"
-    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+    return [json.loads(line) for line in whole_lines(file)] if file.exists() else []
 
 
 def begin(out, resume, settings, model, optimizer):

@@ -11,7 +11,7 @@ Tests are a dict with a "kind", and optionally "atol", "time_limit" (CPU s per t
     unittest  entry, test: code with unittest.TestCase classes
 
 How untrusted code is run. A worker ("zygote") is a small clean Python process without torch. For each program it forks
-a child, which drops its rights, sets its limits, empties its environment, runs the program and writes what came out, as
+a child, which drops its rights, sets its limits, empties its environment (but for one thread to BLAS), runs the program and writes what came out, as
 JSON, into a pipe. Where Linux allows it, the worker is process 1 of its own PID namespace, so that killing "everybody"
 after each program leaves nothing behind, and lives in its own network (no route anywhere), IPC and mount namespaces
 (all is read-only but a small scratch folder in memory). As root the program gets a user id of its own. Expected outputs
@@ -628,7 +628,7 @@ def _guard(own_user):
     """
     scratch, writing = os.path.realpath("."), os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
     changes = {"os." + n for n in "chmod chown link mkdir remove rename rmdir symlink truncate utime".split()}
-    changes.add("shutil.rmtree")
+    changes |= {"shutil.rmtree"}
     refused = ("socket.",) if own_user else ("socket.", "os.kill", "os.fork", "os.exec", "os.posix_spawn", "os.system",
                                              "os.spawn", "subprocess.", "ctypes.dlopen")
 

@@ -77,6 +77,11 @@ class Node:
     def root(self):
         return self.line()[0]
 
+    def forget(self):
+        """Give keys and values back, of all models: nothing will follow this node."""
+        self.kv.clear()
+        self.hidden.clear()
+
     def tokens(self):
         """Generated tokens on the path."""
         return sum(len(n.ids) for n in self.path())

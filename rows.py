@@ -121,8 +121,7 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
         out.parent.mkdir(parents=True, exist_ok=True)
         files = [f for f in [out, *beside(out, ".part*")] if f.exists()]
         for file in files if resume else ():
-            lines = file.read_bytes().split(b"\n")[:-1]  # one cut off by a kill was not finished
-            for n, line in enumerate(lines, 1):
+            for n, line in enumerate(whole_lines(file), 1):
                 try:
                     row = json.loads(line)
                     done[row["id"]] = row
@@ -150,6 +149,11 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
         for part in beside(out, ".part*"):
             part.unlink()
     return rows
+
+
+def whole_lines(file):
+    """The lines of a file that was appended to, as bytes, without a last one that a kill or a full disk has cut off."""
+    return file.read_bytes().split(b"\n")[:-1]
 
 
 def beside(out, pattern):

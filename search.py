@@ -82,8 +82,7 @@ def beam(root, k, m, prune=0.0, adaptive=False, path_score=None, **_):
         kept = [node for node in candidates if node.p >= prune] or candidates  # Appendix D.3
         beams = sorted(kept, key=path_score, reverse=True)[:k]  # stable: ties keep sampling order
         for dropped in {s for steps in groups for s in steps}.difference(beams):
-            dropped.kv.clear()  # nothing will follow it, and most of the tree's memory is in what was dropped
-            dropped.hidden.clear()
+            dropped.forget()  # most of the tree's memory
 
 
 def mcts(root, m, simulations, c, simulate="rollout", prune=0.0, reward=None, adaptive=False, **_):
@@ -229,8 +228,7 @@ def drive(searches, policy, prms=(), combine="mean", progress=None):
                 if s.request is None:
                     s.plan.close()  # it holds left(), which holds s: the tree would wait for the garbage collector
                     for node in [s.root, *s.tried]:
-                        node.kv.clear()
-                        node.hidden.clear()
+                        node.forget()
         if progress is not None:  # with a real model no problem may be done for minutes: show the tokens, too
             progress.set_postfix_str(f"{sum(s.spent for s in searches)} tokens", refresh=False)
             progress.update(sum(s.request is None for s in live))
