@@ -11,8 +11,9 @@ Tests are a dict with a "kind", and optionally "atol", "time_limit" (CPU s per t
     unittest  entry, test: code with unittest.TestCase classes
 
 How untrusted code is run. A worker ("zygote") is a small clean Python process without torch. For each program it forks
-a child, which drops its rights, sets its limits, empties its environment (but for one thread to BLAS), runs the program and writes what came out, as
-JSON, into a pipe. Where Linux allows it, the worker is process 1 of its own PID namespace, so that killing "everybody"
+a child, which drops its rights, sets its limits, empties its environment (but for one thread to BLAS), runs the program
+and writes what came out, as JSON, into a pipe.
+Where Linux allows it, the worker is process 1 of its own PID namespace, so that killing "everybody"
 after each program leaves nothing behind, and lives in its own network (no route anywhere), IPC and mount namespaces
 (all is read-only but a small scratch folder in memory). As root the program gets a user id of its own. Expected outputs
 never enter the child: they are compared in the caller.
