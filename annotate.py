@@ -7,15 +7,15 @@
     python annotate.py --data phase2_train.jsonl math-shepherd.jsonl --limit 400000 --task math500 --vote-labels \\
         --out aslaf.jsonl
 
-1. Tasks      problems of tasks.py, and solutions of them: sampled from an LLM (--sampler), or existing rows (--data).
+1. Tasks      problems of common/tasks.py, and solutions: sampled from an LLM (--sampler), or existing rows (--data).
 2. Labels     the value of a prefix x_1..x_t is the share of k rollouts from it that end right (Monte-Carlo estimate);
               its hard label says whether any did (Wang et al. 2024, arXiv 2312.08935). A binary search finds the first
               wrong step, on the assumption that wrong stays wrong (Luo et al. 2024, arXiv 2406.06592).
 3. Filtering  each LLM (--policies), and an LLM as a judge (--judge), finds the first wrong step by itself; only
               solutions of which they agree are kept (--consensus).
 
---out gets the kept solutions as stepwise rows (format: rows.py). Beside it, OUT.votes has one line for every solution
-that was looked at, with its votes and, if it was dropped, the reason; from that file --resume goes on after a kill.
+--out gets the kept solutions as stepwise rows (format: common/data.py). Beside it, OUT.votes has one line for every
+solution that was looked at, with its votes and, if it was dropped, the reason; from it --resume goes on after a kill.
 Rollouts depend on the seed, the problem and the prefix alone: not on what else is in the batch, nor on the ranks.
 
 A first wrong step is counted from 0; -1 means that there is none (as in ProcessBench), None that a voter abstains.
@@ -31,22 +31,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import tasks
-from policy import add_policy_flags, load_policy_flags
-from rows import (
+from common import tasks
+from common.data import first_wrong, read_set
+from common.policy import add_policy_flags, load_policy_flags
+from common.run import (
+    TINY,
     add_run_flags,
     check_run_flags,
     command_line,
     distributed,
-    first_wrong,
     journaled,
-    read_set,
     same_flags,
     write_rows,
 )
-
-TINY = Path(__file__).resolve().parent / "tiny"
-
 
 # ---------------------------------------------------------------- where is the first wrong step?
 
@@ -116,8 +113,8 @@ def vote(policy, solutions, k=8, search="binary", stop="hard", threshold=0.0, wi
 
     solutions: [(problem, steps, ends_right)]; ends_right None: it breaks off before an answer, and so its last step is
     asked about, too. Rollouts of all prefixes, solutions and problems share their batches; equal prefixes share their
-    rollouts, and all prefixes of a problem share the tree cache (policy.py). With early stopping the rollouts are drawn
-    in rounds of 1, 1, 2, 4, ...
+    rollouts, and all prefixes of a problem share the tree cache (common/cache.py). With early stopping the rollouts
+    are drawn in rounds of 1, 1, 2, 4, ...
     """
     prefixes, plans, asking, out = {}, [], {}, []
 
@@ -338,7 +335,7 @@ def parse(argv):
     a("--format", choices=["auto", "stepwise", "prm800k", "math-shepherd"], default="auto", help="of --data")
     a("--neutral", choices=["good", "bad", "drop"], default="good", help="PRM800K's neutral rating")
     a("--vote-labels", action="store_true", help="the labels that --data brings are a voter, too")
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of tasks.py")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of common/tasks.py")
     a("--task-data", help="local file instead of the hub")
     a("--split", help="of --task (the tiny world: train)")
     a("--k", type=int, default=8, help="rollouts a prefix, at most (8)")

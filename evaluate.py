@@ -1,7 +1,7 @@
 """Metrics, tables and figures: §3.2 (prm@N, maj@N, pass@N, erroneous steps) and §4 (Figures 1-6, Table 1).
 
     python evaluate.py                                                    # the tiny world: prm@N, maj@N, pass@N
-    python evaluate.py --samples samples.jsonl [--score --prm runs/prm]        # anybody's sample rows (format: rows.py)
+    python evaluate.py --samples samples.jsonl [--score --prm runs/prm]   # anybody's sample rows (see common/data.py)
     python evaluate.py --first-error processbench --data gsm8k.json --limit 400 --prm runs/prm
     python evaluate.py --exhibit fig4 --limit 500 --seeds 0 1 2           # a figure: PNG, SVG, JSONL and Markdown
     torchrun --nproc_per_node=8 evaluate.py --policy Qwen/Qwen2.5-Coder-7B-Instruct --prm runs/prm \\
@@ -38,64 +38,15 @@ from pathlib import Path
 import torch
 
 import search
-import tasks
-from policy import add_policy_flags, load_policy_flags
-from prm_model import AGGREGATIONS, aggregate, auc_pairs, coloured, load_prm
-from rows import (
-    add_run_flags,
-    check_run_flags,
-    command_line,
-    distributed,
-    first_wrong,
-    gather,
-    journaled,
-    read_rows,
-    read_set,
-)
+from common import tasks
+from common.data import first_wrong, read_rows, read_set
+from common.loaders import own_row
+from common.metrics import auc_pairs, interval, over_runs, paired
+from common.policy import add_policy_flags, load_policy_flags
+from common.run import TINY, add_run_flags, check_run_flags, command_line, distributed, gather, journaled
+from prm_model import AGGREGATIONS, aggregate, coloured, load_prm
 from search import by_domain
 from similarity import phrase_pattern
-
-TINY = Path(__file__).resolve().parent / "tiny"
-
-
-# ---------------------------------------------------------------- statistics over problems
-
-def interval(values, statistic=statistics.fmean, rounds=1000):
-    """(statistic, low, high): 95 % percentile bootstrap of a list with one entry a problem."""
-    rng = random.Random(0)
-    drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(rounds))
-    return statistic(values), drawn[int(0.025 * rounds)], drawn[int(0.975 * rounds) - 1]
-
-
-def over_runs(runs, base=None, rounds=1000):
-    """(mean, low, high) of PRMs that were trained several times: runs (R lists) of one value a problem. Bootstrap over
-    both: R runs and P problems are drawn with replacement. base: of what is subtracted, for the same problems.
-
-    R draws of R runs spread less than new runs would; their deviations are widened by sqrt(R / (R - 1)) for it. Three
-    runs still say little of how runs differ: where that is most of the interval, it covers less than 95 %.
-    """
-    rng = torch.Generator().manual_seed(0)
-    problems = torch.randint(len(runs[0]), (rounds, len(runs[0])), generator=rng)
-
-    def mean(some):  # -> of all, and of each round
-        values = torch.tensor(some, dtype=torch.float64)
-        drawn = torch.randint(len(some), (rounds, len(some)), generator=rng)
-        each = torch.stack([run[problems].mean(1) for run in values], dim=1)  # (rounds, R)
-        centre, R = each.mean(1), len(some)
-        return float(values.mean()), centre + (each.gather(1, drawn).mean(1) - centre) * (R / max(1, R - 1)) ** 0.5
-    value, drawn = mean(runs)
-    if base is not None:
-        minus, other = mean(base)
-        value, drawn = value - minus, drawn - other
-    drawn = drawn.sort().values
-    return value, float(drawn[int(0.025 * rounds)]), float(drawn[int(0.975 * rounds) - 1])
-
-
-def paired(a, b):
-    """(mean difference, its standard error, z) of two lists with one entry for each of the same problems."""
-    mean, se = search.mean_se([float(x) - float(y) for x, y in zip(a, b, strict=True)])
-    return mean, se, mean / se if se else 0.0
-
 
 # ---------------------------------------------------------------- one problem's value of a metric at N
 
@@ -616,7 +567,7 @@ def read_samples(file):
     if not rows:
         raise ValueError(f"{file}: no rows")
     unjudged = [(r, s) for r in rows for s in r["samples"] if "correct" not in s or "answer" not in s]
-    flat = [(tasks.own_row(r, 0), "\n\n".join(s["steps"])) for r, s in unjudged]
+    flat = [(own_row(r, 0), "\n\n".join(s["steps"])) for r, s in unjudged]
     for (_, s), verdict, key in zip(unjudged, tasks.judge_many(flat), tasks.vote_keys(flat)):
         s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
     return rows

@@ -15,7 +15,6 @@ Shapes: B solutions, T tokens, M labelled steps, h hidden size.
 """
 import math
 import os
-import resource
 import shutil
 import sys
 from itertools import islice
@@ -25,12 +24,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoTokenizer, Qwen2Model, Qwen2PreTrainedModel
 from transformers.utils import cached_file
 
-from policy import chunks, dtype_of, extend, load_pretrained
-from rows import command_line, distributed, read_rows
+from common.cache import chunks, extend
+from common.data import read_rows
+from common.policy import dtype_of, load_pretrained
+from common.run import command_line, distributed
 
 HEAD_FILE = "prm_head.safetensors"
 # What the model card of Qwen/Qwen2.5-Math-PRM-7B asks for: its system prompt, and <extra_0> after every step.
@@ -139,7 +139,7 @@ class PRM(nn.Module):
     def score_nodes(self, leaves):
         """Score every step on the paths to `leaves` that this PRM has not scored -> {node: p_t in [0, 1]}.
 
-        Uses the tree cache of policy.py: each token of each prefix is encoded once in the life of the tree.
+        Uses the tree cache of common/policy.py: each token of each prefix is encoded once in the life of the tree.
         """
         spent, states = extend(self.backbone, self.name, leaves, self._node_ids, self.max_batch_tokens)
         self.tokens += spent
@@ -250,62 +250,6 @@ def _load_published(path, dtype):
     return whole.model, {"0.weight": w["0.weight"], "0.bias": w["0.bias"], "3.weight": weight, "3.bias": bias}
 
 
-# ---------------------------------------------------------------- how good its probabilities are
-
-def auc_pairs(p, right):
-    """(U, pairs): of all pairs of a right and a wrong step, how many rank the right one higher (ties count half)."""
-    n1, n0 = int(right.sum()), int((~right).sum())
-    _, inverse, counts = p.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # from 1, ties share their mean rank
-    return float(ranks[right].sum()) - n1 * (n1 + 1) / 2, n1 * n0
-
-
-def metrics(logits_M, labels_M, steps_M):
-    """Validation figures of all steps of all ranks together; "right" is a label of 0.5 or more, in all but the loss,
-    Brier score and calibration error, which take soft labels as they are.
-
-    auc_within compares steps at the same place t only (pairs pooled over t): a PRM that merely learnt that later steps
-    are worse gets 0.5 there. f1_wrong: F1 of the wrong class at p < 0.5. ece: 15 equal bins.
-    """
-    p, y, right = logits_M.double().sigmoid(), labels_M.double(), labels_M >= 0.5
-    wrong, said = ~right, p < 0.5
-    u, pairs = auc_pairs(p, right)
-    u_within, pairs_within = map(sum, zip(*(auc_pairs(p[steps_M == t], right[steps_M == t]) for t in steps_M.unique())))
-    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, (p * 15).long().clamp(max=14), p - y)
-    return {"loss": float(F.binary_cross_entropy_with_logits(logits_M.double(), y)),
-            "accuracy": float((said == wrong).double().mean()),
-            "auc": u / pairs if pairs else None, "auc_within": u_within / pairs_within if pairs_within else None,
-            "f1_wrong": 2 * int((wrong & said).sum()) / max(1, int(wrong.sum() + said.sum())),
-            "brier": float(((p - y) ** 2).mean()), "ece": float(gaps.abs().sum()) / len(p),
-            "steps": len(p), "right": float(right.double().mean())}
-
-
-# ---------------------------------------------------------------- what training it costs
-
-def step_flops(N, config, lengths, frozen):
-    """(6 N D, what attention adds): a forward takes 2 N a token, the backward twice that; QK' and PV of a causal row of
-    n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward. As is usual, all
-    weights are counted for all tokens, though the last layer's MLP runs on the labelled positions only."""
-    k, heads = 1 if frozen else 3, config.num_attention_heads
-    h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
-
-
-def peak_flops(device):
-    """FLOP/s of a GPU in dense bf16, from its data sheet; None for others, and for CPUs."""
-    known = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-             "B200": 2250e12, "L40S": 362e12}  # the first that is in the name
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((flops for gpu, flops in known.items() if gpu in name), None)
-
-
-def peak_memory(device):
-    """Bytes this process has held at most: of the GPU's memory, or on a CPU all of its own."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 # ---------------------------------------------------------------- Figures 6 and 8: a scored solution
 
 def coloured(step, p):
@@ -322,7 +266,7 @@ def main(argv=None):
     parser.add_argument("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")
     parser.add_argument("--question")
     parser.add_argument("--steps", nargs="+", help="the solution, one argument a step")
-    parser.add_argument("--file", help="JSONL of sample rows or stepwise rows (see rows.py)")
+    parser.add_argument("--file", help="JSONL of sample rows or stepwise rows (see common/data.py)")
     parser.add_argument("--limit", type=int, default=3, help="rows of --file to show (default 3)")
     parser.add_argument("--device", help="default: cuda if there is one, else cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

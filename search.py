@@ -26,12 +26,12 @@ from textwrap import indent
 
 from tqdm import tqdm
 
-import tasks
-from policy import add_policy_flags, load_policy_flags
+from common import tasks
+from common.loaders import packed
+from common.metrics import mean_se
+from common.policy import add_policy_flags, load_policy_flags
+from common.run import TINY, add_run_flags, check_run_flags, command_line, distributed, journaled, same_flags
 from prm_model import AGGREGATIONS, aggregate, coloured, load_prm, score_steps
-from rows import add_run_flags, check_run_flags, command_line, distributed, journaled, same_flags
-
-TINY = Path(__file__).resolve().parent / "tiny"
 
 
 @dataclass
@@ -253,7 +253,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
 
 
 def sample_rows(problems, searches, strategy, args, separator):
-    """One judged row a problem (format: rows.py), its samples in the order in which they were found."""
+    """One judged row a problem (format: common/data.py), its samples in the order in which they were found."""
     flat = [(p, separator.join(node.steps())) for p, s in zip(problems, searches) for _, _, node in s.found]
     verdicts, keys, rows = iter(tasks.judge_many(flat)), iter(tasks.vote_keys(flat)), []
     for p, s in zip(problems, searches):
@@ -272,7 +272,7 @@ def sample_rows(problems, searches, strategy, args, separator):
             picked = max(below, key=rewards.__getitem__, default=picked)
         rows.append({
             "id": p.id, "domain": p.domain, "question": p.question, "strategy": strategy,
-            **({"tests": tasks.packed(p.tests)} if p.domain == "code" else {"answer": p.answer}),
+            **({"tests": packed(p.tests)} if p.domain == "code" else {"answer": p.answer}),
             "samples": [{"steps": n.steps(), "scores": [x.p for x in n.path() if x.text], "answer": answer,
                          "correct": v.ok, "tokens": n.tokens(), "end": n.end}
                         for n, answer, v in zip(nodes, answers, verdicts)],
@@ -304,12 +304,6 @@ def compare(row, pool):
 
 def by_domain(rows):
     return {d: [r for r in rows if r["domain"] == d] for d in sorted({r["domain"] for r in rows}, reverse=True)}
-
-
-def mean_se(values):
-    """Mean and its standard error over problems (0 for a single one)."""
-    spread = statistics.stdev(values) if len(values) > 1 else 0.0
-    return statistics.fmean(values), spread / len(values) ** 0.5
 
 
 def show(search, row):
@@ -357,7 +351,7 @@ def add_search_flags(parser):
     """The flags that solve() reads; evaluate.py has them, too. Capitals: torchrun on Python < 3.12 takes --n for one
     of its own flags, even after the script's name."""
     a = parser.add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of tasks.py")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of common/tasks.py")
     a("--data", help="local file instead of the hub")
     a("--split", help="of the task; for livecodebench FROM:TO")
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")

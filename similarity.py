@@ -38,10 +38,11 @@ from torch.distributions import Multinomial
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-import tasks
-from policy import add_policy_flags, chat_prompt, load_policy, load_policy_flags
+from common import tasks
+from common.data import read_rows
+from common.policy import add_policy_flags, chat_prompt, load_policy, load_policy_flags
+from common.run import command_line, distributed, gather, need_folder, need_positive
 from prm_model import AGGREGATIONS, aggregate, load_prm
-from rows import command_line, distributed, gather, need_folder, need_positive, read_rows
 
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]
 PAIRS = [(1, 3), (1, 2), (0, 3), (0, 2)]  # in the order of Table 2
@@ -308,7 +309,7 @@ def main(argv=None):
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
     a("--low-memory", action="store_true", help="hold no gradient: a second backward pass for each response instead")
     a("--phrases", nargs="+", default=PHRASES, help="of self-correction")
-    a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code, from tasks.py")
+    a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
     a("--prm", default=str(Path(__file__).parent / "tiny" / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward of a response from its steps' p_t (prod)")

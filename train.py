@@ -7,7 +7,7 @@
 
 --out becomes the PRM itself (`--prm runs/prm` of the other scripts): always the best one so far by validation loss.
 Beside it grow log.jsonl (one line a step; kinds start, train, eval, end: `evaluate.py --exhibit curves` draws them) and
-a checkpoint, from which --resume goes on with the very losses of a run that was never stopped (checkpoint.py).
+a checkpoint, from which --resume goes on with the very losses of a run that was never stopped (common/checkpoint.py).
 
 One optimizer step is --accumulate micro-batches on each rank; a micro-batch is at most --batch-size rows and at most
 --batch-tokens tokens with padding (but bf16's to a multiple of 8). All randomness is a function of (--seed, epoch,
@@ -32,11 +32,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from checkpoint import begin, finish, read_log, save_checkpoint, save_prm, shard, take_out
-from prm_model import load_prm, metrics, peak_flops, peak_memory, step_flops
-from rows import FORMATS, command_line, distributed, gather, load_data, need_positive, split
+from common.checkpoint import begin, finish, read_log, save_checkpoint, save_prm, shard, take_out
+from common.data import FORMATS, load_data, split
+from common.metrics import metrics, peak_flops, peak_memory, step_flops
+from common.run import TINY, command_line, distributed, gather, need_positive
+from prm_model import load_prm
 
-TINY = Path(__file__).parent / "tiny"
 # What may change at --resume; of accumulate, its product with the number of ranks may not: settings["group"].
 FREE = ("out", "resume", "overwrite", "device", "accumulate", "peak_tflops")
 

@@ -18,8 +18,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import annotate  # noqa: E402
-import tasks  # noqa: E402
-from policy import load_policy  # noqa: E402
+from common import tasks  # noqa: E402
+from common.policy import load_policy  # noqa: E402
 
 
 @torch.inference_mode()

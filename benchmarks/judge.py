@@ -1,4 +1,4 @@
-"""How fast the judge of tasks.py is, beside evalplus 0.3.1, and whether their verdicts agree.
+"""How fast the judge of common/tasks.py is, beside evalplus 0.3.1, and whether their verdicts agree.
 
     python benchmarks/judge.py --humaneval HumanEvalPlus.jsonl.gz --math math500.jsonl --evalplus ENV/bin/python
 
@@ -23,8 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import judge
-import tasks
+from common import judge, tasks
 
 
 def clock():

@@ -18,9 +18,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import policy as policy_module  # noqa: E402
-import tasks  # noqa: E402
-from policy import Node, Policy, load_policy  # noqa: E402
+from common import policy as policy_module  # noqa: E402
+from common import tasks  # noqa: E402
+from common.policy import Node, Policy, load_policy  # noqa: E402
 from prm_model import PRM, aggregate, load_prm  # noqa: E402
 from search import Search, beam, drive  # noqa: E402
 

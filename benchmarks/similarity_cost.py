@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import similarity  # noqa: E402
-from policy import load_policy, load_pretrained  # noqa: E402
+from common.policy import load_policy, load_pretrained  # noqa: E402
 from similarity import Reference, Response, accumulate, encode, products, score  # noqa: E402
 from tiny import world  # noqa: E402
 

@@ -26,7 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from search import mean_se  # noqa: E402
+from common.metrics import mean_se  # noqa: E402
 
 #         hidden, layers, heads
 SIZES = {"0.4M": (128, 2, 4), "10M": (320, 6, 5)}

@@ -45,7 +45,7 @@ A=$MODELS/A B=$MODELS/B C=$MODELS/C
 run annotate ranks annotate.py --policies "$A" "$B" "$C" --limit "$PROBLEMS" --samples 4 --keep-unanimous \
   --out "$RUN/aslaf.jsonl" --resume --json "$RUN/annotate.json"
 # their noise, and the label sets of Figure 3, all of one size: one LLM's labels, the consensus, the truth as a bound
-run labels $PYTHON tiny/labels.py --votes "$RUN/aslaf.jsonl.votes" --write "$RUN" --json "$RUN/labels.json"
+run labels $PYTHON -m paper.label_noise --votes "$RUN/aslaf.jsonl.votes" --write "$RUN" --json "$RUN/labels.json"
 
 # §2.2: PRMs of four sizes, of three label sets, of one domain each
 for size in xs s m; do train $size "$RUN/rows-consensus.jsonl" "$MODELS/$size"; done

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, TINY
 
 import annotate
-import tasks
 from annotate import binary_search, consensus, fleiss_kappa, linear_scan, parse_verdict, settled, vote
-from policy import Node
+from common import tasks
+from common.policy import Node
 
 
 def follow(search, good, ends_right, **options):

@@ -11,7 +11,8 @@ import pytest
 from conftest import ROOT, TINY
 
 import evaluate
-from evaluate import anytime, at_budget, first_error_figures, interval, maj_at, over_runs, paired, pass_at, prm_at
+from common.metrics import interval, over_runs, paired
+from evaluate import anytime, at_budget, first_error_figures, maj_at, pass_at, prm_at
 
 
 def row(correct, scores=None, answers=None, tokens=10):

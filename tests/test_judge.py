@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-import judge
-from judge import decode, encode
-from tasks import Problem, judge_many, vote_keys
+from common import judge
+from common.judge import decode, encode
+from common.tasks import Problem, judge_many, vote_keys
 
 
 @pytest.fixture(scope="module", autouse=True)

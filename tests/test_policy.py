@@ -9,8 +9,10 @@ import pytest
 import torch
 from conftest import random_qwen
 
-import policy as policy_module
-from policy import Node, Policy, ServerPolicy, child_key, load_policy, sample, uniform
+from common import policy as policy_module
+from common import server as server_module
+from common.policy import Node, Policy, child_key, load_policy, sample, uniform
+from common.server import ServerPolicy
 
 QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How many now?",
              "Let a be xs in reverse. Return a."]
@@ -183,7 +185,7 @@ class Stuck(Handler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(policy_module.time, "sleep", lambda s: None)
+    monkeypatch.setattr(server_module.time, "sleep", lambda s: None)
     Handler.busy, Handler.seen = 1, []
     with serving(Handler) as url:
         yield url
@@ -236,7 +238,7 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
 
 
 def test_a_server_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(policy_module.time, "sleep", lambda s: None)
+    monkeypatch.setattr(server_module.time, "sleep", lambda s: None)
     policy = ServerPolicy("http://127.0.0.1:9", "m", retries=2)
     with pytest.raises(ValueError, match="did not answer after 2 tries"):
         policy.propose([policy.root("p", "Q?")], 1)

@@ -7,7 +7,7 @@ import torch
 from conftest import random_qwen
 from safetensors.torch import load_file, save_file
 
-from policy import Policy
+from common.policy import Policy
 from prm_model import PRM, aggregate, load_prm, main
 
 QUESTIONS = ["Ann has 7 shells. How many now?", "Ben has 12 coins. In January he finds 5. How many now?"]

@@ -23,9 +23,9 @@ def test_fork_me(tmp_path, monkeypatch, capsys):
 def test_the_table_of_sections_names_what_is_there():
     """Each `file.py`: `name` of the table is defined in that file, and each named test exists."""
     table = README[README.index("| Paper | Where | Test |"):README.index("## The tiny world")]
-    sources = {f.name: f.read_text() for f in ROOT.glob("*.py")}
+    sources = {str(f.relative_to(ROOT)): f.read_text() for f in [*ROOT.glob("*.py"), *ROOT.glob("common/*.py")]}
     found = 0
-    for file, names in re.findall(r"`(\w+\.py)`: ((?:`[\w.]+`(?: \([^)]*\))?(?:, )?)+)", table):
+    for file, names in re.findall(r"`([\w/]+\.py)`: ((?:`[\w.]+`(?: \([^)]*\))?(?:, )?)+)", table):
         for name in re.findall(r"`([\w.]+)`", names):
             assert re.search(rf"^\s*(def|class) {name.split('.')[-1]}\b|^{name} =", sources[file], re.M), (file, name)
             found += 1

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, TINY
 
 import search
-from policy import Node, load_policy
+from common.policy import Node, load_policy
 from prm_model import load_prm
 from search import Search, beam, best_of_n, drive, mcts, merge, pick, uct_select
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-import judge
-import tasks
-from tasks import Problem, equivalent_many, extract_answer, judge_many, load, vote_keys
+from common import judge, loaders, tasks
+from common.answers import equivalent_many, extract_answer
+from common.tasks import Problem, judge_many, load, vote_keys
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
@@ -107,8 +107,8 @@ def test_references_grade_right_and_a_constant_wrong(task, name):
 
 def test_tests_travel_through_json():
     tests = {"kind": "call", "entry": "f", "inputs": [[1j, {2}], [(1, 2), {(0, 1): 2}]], "outputs": [(3,), 1 << 60]}
-    assert tasks.unpacked(json.loads(json.dumps(tasks.packed(tests)))) == tests
-    assert tasks.unpacked({"kind": "call", "inputs": [[{"a": 1}]]}) == {"kind": "call", "inputs": [[{"a": 1}]]}
+    assert loaders.unpacked(json.loads(json.dumps(loaders.packed(tests)))) == tests
+    assert loaders.unpacked({"kind": "call", "inputs": [[{"a": 1}]]}) == {"kind": "call", "inputs": [[{"a": 1}]]}
     assert judge.judge_many([({"kind": "stdin", "inputs": [], "outputs": []}, "print(1)")]) == ["no tests"]
 
 
@@ -283,7 +283,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 def test_apps_has_integers_that_int_refuses():
     row = {"question": "Q", "input_output": '{"fn_name": "f", "inputs": [[1%s]], "outputs": [2]}' % ("0" * 5000)}
-    assert tasks._apps(row, 0).tests["inputs"] == [[10**5000]]
+    assert loaders._apps(row, 0).tests["inputs"] == [[10**5000]]
 
 
 def test_an_unreachable_hub_says_what_to_do(monkeypatch):

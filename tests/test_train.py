@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 import evaluate
 import train
+from common.data import from_math_shepherd, from_prm800k, held_out, load_data, read_set, split
 from prm_model import load_prm
-from rows import from_math_shepherd, from_prm800k, held_out, load_data, read_set, split
 from tiny import world
 from tiny.make import make_tokenizer
 

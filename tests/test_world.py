@@ -5,7 +5,7 @@ import random
 import pytest
 from conftest import TINY
 
-import tasks
+from common import tasks
 from prm_model import load_prm
 from tiny import make, world
 

@@ -90,7 +90,7 @@ def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
                 if not (strict and domain == "code" and harmless(meta["ops"], meta["end"], p["tests"]["inputs"])):
                     break
                 fewest = most = len(meta["ops"])  # another one as long: long ones are rejected more often
-        p["meta"]["prompt"] = p["meta"].get("starter")  # the name tasks.py knows; not hashed, splits would change
+        p["meta"]["prompt"] = p["meta"].get("starter")  # as in tasks.py; not hashed, splits would change
         yield {"id": f"tiny-{domain}-{split}-{seed}-{i}", **p}
         i += 1
 

@@ -365,8 +365,9 @@ def _start_worker():
         atexit.register(close)
     scratch = tempfile.mkdtemp(dir=_pool["scratch"])
     # a fixed hash seed repeats the order of sets; nothing else of our environment; fd 2 is for faults of our own
-    worker = subprocess.Popen([sys.executable, "-c", "import sys, judge; judge.zygote(sys.argv[1])", scratch],
-                              cwd=Path(__file__).parent, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    worker = subprocess.Popen([sys.executable, "-c", "import sys; from common import judge; "
+                               "judge.zygote(sys.argv[1])", scratch],
+                              cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                               env={"PYTHONHASHSEED": "0", "PYTHONINTMAXSTRDIGITS": "0", "MPLCONFIGDIR": scratch,
                                    **THREADS})
     _pool["all"].append(worker)
@@ -377,7 +378,7 @@ def _start_worker():
     missing = [name for name in ("namespaces", "readonly") if not _pool["isolation"][name]]
     if first and missing:
         warnings.warn(f"the code judge lacks {' and '.join(missing)}, which this system refuses; the docstring of "
-                      "judge.py says what that leaves open", stacklevel=2)
+                      "common/judge.py says what that leaves open", stacklevel=2)
     return worker
 
 

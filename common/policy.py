@@ -17,22 +17,16 @@ layer): a local folder or a hub id; or a server that speaks OpenAI's /v1/complet
 Shapes: B rows, M new tokens, P prefix tokens, L layers, H key-value heads, D head dimension, V vocabulary.
 """
 import hashlib
-import http.client
-import json
-import os
 import re
 import sys
-import time
-import urllib.error
-import urllib.request
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from common.cache import Rows, chunks, extend
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
 INSTRUCTION = {"math": "Solve step by step, with an empty line between steps. "
@@ -106,138 +100,6 @@ def chat_prompt(tokenizer, question, domain, tokenize):
     """The question in the model's chat template, as token ids or as text."""
     return tokenizer.apply_chat_template([{"role": "user", "content": f"{question}\n\n{INSTRUCTION[domain]}"}],
                                          add_generation_prompt=True, tokenize=tokenize, return_dict=False)
-
-
-# ---------------------------------------------------------------- the tree cache
-
-class Rows:
-    """A batch of paths laid side by side, padded on the left, for one model: what one forward works on. To the model it
-    is the cache, with room for the tokens to come: appending writes in place, where DynamicCache copies it all."""
-
-    def __init__(self, model, name, paths, room):
-        """paths: B lists of nodes whose keys and values are known; room: new tokens that will be appended."""
-        config, device = model.config, model.device
-        L, H = config.num_hidden_layers, config.num_key_value_heads
-        D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        parts = [[n.kv[name] for n in path if name in n.kv] for path in paths]
-        lengths = torch.tensor([sum(len(t) for t in row) for row in parts], device=device)
-        B, P = len(paths), int(lengths.max())
-        self.model, self.prefix, self.length = model, P, P  # length: tokens of a row so far, padding included
-        self.position = lengths  # (B) position of the next token
-        self.mask = torch.zeros(B, P + room, dtype=torch.bool, device=device)
-        self.mask[:, :P] = torch.arange(P, device=device) >= P - lengths[:, None]
-        self.kv = torch.zeros(B, P + room, L, 2, H, D, dtype=model.dtype, device=device)
-        if P:  # one copy for the whole batch: all tokens of all paths, in the order in which the mask lists them
-            self.kv[self.mask] = torch.cat([t for row in parts for t in row])
-        self.kv = self.kv.permute(2, 3, 0, 4, 1, 5).contiguous()  # (L, 2, B, H, P + room, D)
-
-    def append(self, ids, mask=None):
-        """Run the model on ids (B, M), padding on the right where mask (B, M) is False -> hidden states (B, M, h)."""
-        M, start = ids.shape[1], self.length
-        self.mask[:, start:start + M] = True if mask is None else mask
-        seen = self.mask[:, None, None, :start + M]
-        if M > 1:
-            ones = torch.ones(M, start + M, dtype=torch.bool, device=ids.device)
-            seen = seen & ones.tril(diagonal=start)
-            # The padding's own rows would attend to nothing, which is NaN in some kernels: let them see themselves.
-            seen = seen | torch.eye(M, start + M, dtype=torch.bool, device=ids.device).roll(start, dims=1)
-        positions = self.position[:, None] + torch.arange(M, device=ids.device)
-        out = self.model(input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=self,
-                         use_cache=True)
-        self.position, self.length = self.position + (M if mask is None else mask.sum(1)), start + M
-        return out.last_hidden_state
-
-    def update(self, keys, values, layer, *args, **kwargs):
-        """Called by the attention of each layer: its new keys and values (B, H, M, D) -> all so far."""
-        end = self.length + keys.shape[2]
-        self.kv[layer, 0, :, :, self.length:end], self.kv[layer, 1, :, :, self.length:end] = keys, values
-        return self.kv[layer, 0, :, :, :end], self.kv[layer, 1, :, :, :end]
-
-    def new_kv(self, row, n):
-        """Keys and values of the first n appended tokens of a row: (n, L, 2, H, D), a copy that outlives the batch."""
-        return self.kv[:, :, row, :, self.prefix:self.prefix + n].permute(3, 0, 1, 2, 4).contiguous()
-
-    def keep(self, rows):
-        """Go on with these rows (B'), in this order; a row may be named several times."""
-        self.kv, self.mask, self.position = self.kv[:, :, rows].contiguous(), self.mask[rows], self.position[rows]
-
-    def grow(self, room):
-        """Room for more tokens."""
-        self.kv = torch.nn.functional.pad(self.kv, (0, 0, 0, room))
-        self.mask = torch.nn.functional.pad(self.mask, (0, room))
-
-
-# Padded tokens of one forward that encodes text. A CPU is fastest where activations stay in its cache: the tiny PRM
-# scores twice as many tokens a second by 4096 as by 65536. Elsewhere memory alone is the limit (--max-batch-tokens).
-ENCODED_AT_ONCE = {"cpu": 4096}
-
-
-def chunks(items, length, max_tokens, device=None):
-    """Split items, longest first, into batches of at most max_tokens padded tokens (one item at least), and of what
-    this device encodes at once."""
-    batch = []
-    if device is not None:
-        max_tokens = min(max_tokens, ENCODED_AT_ONCE.get(device.type, max_tokens))
-    for item in sorted(items, key=length, reverse=True):
-        if batch and (len(batch) + 1) * length(batch[0]) > max_tokens:
-            yield batch
-            batch = []
-        batch.append(item)
-    if batch:
-        yield batch
-
-
-@torch.inference_mode()
-def extend(model, name, leaves, ids_of, max_tokens):
-    """Encode every token on the paths to `leaves` that has not been -> (tokens it took, {node: hidden state (h)}).
-
-    Nodes that are missing are followed downwards in chains: a chain begins below an encoded node and ends where the
-    tree branches, so nothing is computed twice and there are as many forwards as there are branchings, not nodes.
-    ids_of(node) gives the tokens of a node for this model. The hidden state is the one of a node's last token.
-    Keys and values stay in node.kv[name] and the hidden state in node.hidden[name], except on chains that end the
-    solution: nothing will follow them.
-    """
-    todo, below, states, spent = {}, {}, {}, 0
-    for node in leaves:
-        while node is not None and name not in node.hidden and node not in todo:
-            todo[node] = ids_of(node)[len(node.kv.get(name, ())):]  # a generated step: all but its last token is known
-            below.setdefault(node.parent, []).append(node)
-            node = node.parent
-    while todo:
-        rows = []
-        for head in [n for n in todo if n.parent not in todo]:
-            chain = [head]
-            while len(below.get(chain[-1], ())) == 1:
-                chain.append(below[chain[-1]][0])
-            known = head.line() if name in head.kv else head.line()[:-1]
-            rows.append((known, chain, [i for n in chain for i in todo[n]]))
-        for batch in chunks(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens, model.device):
-            spent += sum(len(new) for _, _, new in batch)
-            states.update(_extend_rows(model, name, batch, todo, below))
-        todo = {node: ids for node, ids in todo.items() if node not in states}
-    return spent, states
-
-
-def _extend_rows(model, name, rows, todo, below):
-    """One forward for rows of (nodes before, chain of nodes to encode, their new tokens: todo has them by node)."""
-    ids = pad_sequence([torch.tensor(new) for _, _, new in rows], batch_first=True)
-    mask = torch.arange(ids.shape[1]) < torch.tensor([len(new) for _, _, new in rows])[:, None]
-    batch = Rows(model, name, [prefix for prefix, _, _ in rows], ids.shape[1])
-    hidden = batch.append(ids.to(model.device), mask.to(model.device))
-    last, kept = {}, []  # of each node: the row and the position of its last token
-    for row, (_, chain, new) in enumerate(rows):
-        keep = chain[-1].end is None or chain[-1] in below
-        kv, at = batch.new_kv(row, len(new)) if keep else None, 0
-        for node in chain:
-            start, at = at, at + len(todo[node])
-            last[node] = row, at - 1
-            if keep:
-                node.kv[name] = torch.cat([*([node.kv[name]] if name in node.kv else []), kv[start:at]])
-                kept.append(node)
-    states = dict(zip(last, hidden[tuple(torch.tensor(list(last.values())).T)]))  # one gather for all
-    for node in kept:
-        node.hidden[name] = states[node]
-    return states
 
 
 # ---------------------------------------------------------------- sampling
@@ -364,7 +226,7 @@ class Policy:
                 maybe = (self.closing[token] & ~stop & (length == 0)).nonzero()[:, 0]
                 if len(maybe):
                     texts = self.tokenizer.batch_decode(torch.stack(tokens, 1)[maybe].tolist())
-                    stop[maybe] = torch.tensor([_step_end(x, self.separator) >= 0 for x in texts], device=device)
+                    stop[maybe] = torch.tensor([step_end(x, self.separator) >= 0 for x in texts], device=device)
             length = torch.where(stop & (length == 0), t + 1, length)
             stopped = length.nonzero()[:, 0]
             # A stopped row costs as much as a live one, and taking it out copies the cache: do so by quarters.
@@ -399,7 +261,7 @@ class Policy:
             node = Node(text, node, ids[a:b], sum(logps[a:b]), depth=node.depth + 1, domain=parent.domain,
                         key=key if i == len(spans) - 1 else child_key(key, f"step {i}"))
         over = (whole or node.depth >= self.max_steps or sum(len(n.ids) for n in node.line()) >= self._most(node) or
-                _step_end(self.tokenizer.decode(ids), self.separator) < 0)
+                step_end(self.tokenizer.decode(ids), self.separator) < 0)
         node.end = "eos" if ended else "answer" if FINAL.search(node.text) else "length" if over else None
         if kv is not None and node.end is None:
             node.kv[self.name] = kv
@@ -410,7 +272,7 @@ class Policy:
 FINAL = re.compile(r"\\boxed\{(?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*\}")
 
 
-def _step_end(text, separator):
+def step_end(text, separator):
     """Where the separator is that ends a step: after some text, and not inside an open code fence. -1: nowhere."""
     at = text.find(separator, len(text) - len(text.lstrip()))
     while at >= 0 and text.count("```", 0, at) % 2:
@@ -422,137 +284,13 @@ def _split(ids, tokenizer, separator, closing):
     """Spans (a, b) of the steps of a whole solution, cut where propose() would have stopped. closing: a set of ids."""
     spans, a = [], 0
     for b in range(1, len(ids) + 1):
-        if b == len(ids) or (ids[b - 1] in closing and _step_end(tokenizer.decode(ids[a:b]), separator) >= 0):
+        if b == len(ids) or (ids[b - 1] in closing and step_end(tokenizer.decode(ids[a:b]), separator) >= 0):
             spans.append((a, b))
             a = b
     if len(spans) > 1 and not tokenizer.decode(ids[spans[-1][0]:], skip_special_tokens=True).strip():
         (a, _), (_, b) = spans[-2:]  # nothing but the end-of-text token is left: it belongs to the step before
         spans[-2:] = [(a, b)]
     return spans
-
-
-# ---------------------------------------------------------------- a server as the policy
-
-class ServerPolicy:
-    """The same interface over an OpenAI-compatible server: plain /v1/completions with n, stop, logprobs and seed.
-
-    The server keeps its own prefix cache, and what it spares cannot be seen from here: `prefilled` stays 0.
-    chat_tokenizer, if given, is only used to put the question into the model's chat template.
-    """
-    def __init__(self, url, model, chat_tokenizer=None, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=512, max_steps=40, max_solution_tokens=2048, retries=5):
-        self.url, self.served, self.chat_tokenizer, self.separator = url.rstrip("/"), model, chat_tokenizer, separator
-        self.seed, self.sampling = seed, {"temperature": temperature, "top_p": top_p}
-        self.max_step_tokens, self.max_steps, self.max_solution_tokens = max_step_tokens, max_steps, max_solution_tokens
-        self.retries, self.pool, self.returns_stop = retries, ThreadPoolExecutor(32), False
-        self.generated = self.prefilled = 0
-
-    root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
-
-    def _ids(self, text, domain=None):
-        return ()  # the server has the tokens
-
-    def _generate(self, nodes, n, whole):
-        groups = list(self.pool.map(lambda job: self._sample(*job, whole), next_keys(nodes, n)))
-        # counted here, not by the threads, whose += could overwrite each other's
-        self.generated += sum(end.tokens() - node.tokens() for node, group in zip(nodes, groups) for end in group)
-        return groups
-
-    def _sample(self, parent, keys, whole):
-        """One request for all samples of a node, or several where a server ignores n (`transformers serve` does).
-        The seed is the first sample's key, so a rerun draws the same."""
-        body = {"model": self.served, "prompt": self._text(parent), "logprobs": 0, **self.sampling,
-                "max_tokens": max(1, min(self.max_solution_tokens - parent.tokens(),
-                                         self.max_step_tokens * (self.max_steps if whole else 1)))}
-        if not whole:
-            body["stop"] = [self.separator]
-        choices = []
-        while len(choices) < len(keys):
-            choices += self._post({**body, "n": len(keys) - len(choices), "seed": keys[len(choices)] % (1 << 31)})
-        return [self._node(parent, key, choice, body, whole) for key, choice in zip(keys, choices)]
-
-    def _node(self, parent, key, choice, body, whole):
-        text, logps, reason = choice["text"], choice["logps"], choice.get("finish_reason")
-        # Servers call both the separator and the end of text "stop". vLLM's stop_reason tells them apart (None: the
-        # end), and so does a server that returns the separator; else the end shows one request later, as no text.
-        self.returns_stop |= not whole and text.endswith(self.separator)
-        while not whole and reason == "stop" and text.count("```") % 2 and isinstance(_stop(choice), str):
-            if len(logps) >= body["max_tokens"]:
-                reason = "length"
-                break
-            before = text.removesuffix(self.separator) + self.separator  # stopped inside a code fence: go on
-            choice = self._post({**body, "prompt": body["prompt"] + before, "n": 1, "seed": key % (1 << 31),
-                                 "max_tokens": body["max_tokens"] - len(logps)})[0]
-            if not choice["text"]:
-                break  # an end of text inside the fence: asking again would change nothing
-            text, logps, reason = before + choice["text"], logps + choice["logps"], choice.get("finish_reason")
-            self.returns_stop |= choice["text"].endswith(self.separator)
-        over = whole or not isinstance(_stop(choice), str) or _stop(choice) == "?" and (
-            not text.strip() or self.returns_stop and not text.endswith(self.separator))
-        parts = [text] if not whole else _cut(text, self.separator)
-        node = parent
-        for i, part in enumerate(parts):
-            share = len(logps) // len(parts) if i else len(logps) - len(logps) // len(parts) * (len(parts) - 1)
-            node = Node(part.removesuffix(self.separator).strip("\n"), node, [0] * share, sum(logps) if i == 0 else 0.0,
-                        depth=node.depth + 1, domain=parent.domain,
-                        key=key if i == len(parts) - 1 else child_key(key, f"step {i}"))
-        node.end = ("answer" if FINAL.search(node.text) else "length" if reason == "length" else "eos" if over else
-                    "length" if node.depth >= self.max_steps else None)
-        return node
-
-    def _text(self, node):
-        root = node.root()
-        prompt = root.text + self.separator
-        if self.chat_tokenizer is not None:
-            prompt = chat_prompt(self.chat_tokenizer, root.text, root.domain, tokenize=False)
-        return prompt + "".join(n.text + self.separator for n in node.path())
-
-    def _post(self, body):
-        """POST -> choices, each with its tokens' log-probabilities as "logps". Retries on connection errors, 429 and
-        5xx, waiting 1, 2, 4 ... s; other errors are the server's own words as a ValueError."""
-        request = urllib.request.Request(self.url + "/completions", json.dumps(body).encode(), {
-            "Content-Type": "application/json", "Authorization": "Bearer " + os.environ.get("OPENAI_API_KEY", "none")})
-        for wait in [*(2 ** i for i in range(self.retries - 1)), 0]:
-            try:
-                with urllib.request.urlopen(request, timeout=600) as reply:
-                    return _choices(json.load(reply), self.url)
-            except urllib.error.HTTPError as error:
-                words = error.read().decode(errors="replace")[:500]
-                if error.code != 429 and error.code < 500:
-                    raise ValueError(f"{self.url} refused the request ({error.code}): {words}") from error
-            except (OSError, http.client.HTTPException) as error:  # no connection, or none any more
-                words = str(error)
-            time.sleep(wait)
-        raise ValueError(f"{self.url} did not answer after {self.retries} tries: {words}")
-
-
-def _stop(choice):
-    """What ended a choice: a text is the separator, None (vLLM) or a token's number (SGLang, and vLLM's second
-    end-of-text token) the end; "?" where the server does not say."""
-    return choice.get("stop_reason", choice.get("matched_stop", "?"))
-
-
-def _choices(answer, url):
-    """Without logprobs (`transformers serve`) a lone choice still has its number of tokens; their logps are NaN."""
-    for choice in answer["choices"]:
-        found = (choice.get("logprobs") or {}).get("token_logprobs")
-        if found is None:
-            if len(answer["choices"]) > 1 or "usage" not in answer:
-                raise ValueError(f"{url} sent no logprobs, so tokens cannot be counted: start it with them on")
-            found = [float("nan")] * answer["usage"]["completion_tokens"]
-        choice["logps"] = [x or 0.0 for x in found]
-    if not answer["choices"]:
-        raise ValueError(f"{url} sent no choices")
-    return answer["choices"]
-
-
-def _cut(text, separator):
-    """A whole solution's text into steps, where propose() would have stopped."""
-    parts = []
-    while (at := _step_end(text, separator)) >= 0:
-        parts.append(text[:at])
-        text = text[at + len(separator):]
-    return parts + [text] if text.strip() or not parts else parts
 
 
 # ---------------------------------------------------------------- loading
@@ -593,6 +331,7 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, cha
     if str(path).startswith(("http://", "https://")):
         if not served:
             raise ValueError("a server needs --policy-model, the name under which it serves the model")
+        from common.server import ServerPolicy  # which is a Policy but for the model: it imports this file
         keywords.pop("max_batch_tokens", None)
         chat = load_pretrained(AutoTokenizer, chat_tokenizer) if chat_tokenizer else None
         return ServerPolicy(path, served, chat, separator=separator or "\n\n", **keywords)

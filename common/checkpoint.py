@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from rows import gather, whole_lines, write_rows
+from common.run import gather, whole_lines, write_rows
 
 
 def is_master():

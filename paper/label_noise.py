@@ -1,9 +1,9 @@
 """How noisy are automatic labels? In the tiny world the truth of every step is known, so that it can be said.
 
     python annotate.py --limit 400 --samples 4 --keep-unanimous --out runs/tiny/rows.jsonl
-    python tiny/labels.py --votes runs/tiny/rows.jsonl.votes                # label noise: each LLM, and the consensus
-    python tiny/labels.py --votes runs/tiny/rows.jsonl.votes --searches     # and what each search costs, and errs
-    python tiny/labels.py --votes runs/tiny/rows.jsonl.votes --write DIR    # rows for train.py: label sets to compare
+    python -m paper.label_noise --votes runs/tiny/rows.jsonl.votes            # label noise: each LLM, and the consensus
+    python -m paper.label_noise --votes runs/tiny/rows.jsonl.votes --searches   # and what each search costs, and errs
+    python -m paper.label_noise --votes runs/tiny/rows.jsonl.votes --write DIR   # rows for train.py: label sets
 
 label noise   share of step labels that are wrong, where a step's label is "before the first wrong step"
 position      share of solutions in which the first wrong step is another one than the true one (or none)
@@ -18,19 +18,17 @@ the paper has it; and of the consensus rows-math.jsonl and rows-code.jsonl, of o
 import json
 import random
 import statistics
-import sys
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import annotate  # noqa: E402
-import tasks  # noqa: E402
-from evaluate import interval  # noqa: E402
-from policy import load_policy  # noqa: E402
-from rows import command_line, first_wrong, need_folder, read_rows, write_rows  # noqa: E402
-from tiny import world  # noqa: E402
+import annotate
+from common.data import first_wrong, read_rows
+from common.loaders import own_row
+from common.metrics import interval
+from common.policy import load_policy
+from common.run import TINY, command_line, need_folder, write_rows
+from tiny import world
 
 
 def read_votes(file):
@@ -114,7 +112,7 @@ def searches(records, policy, k, chunk=400):
                           }.items():
         found = []
         for a in range(0, len(records), chunk):
-            found += annotate.vote(policy, [(tasks.own_row(r["problem"], 0), r["completions"], r["correct"])
+            found += annotate.vote(policy, [(own_row(r["problem"], 0), r["completions"], r["correct"])
                                             for r in records[a:a + chunk]], k=k, **options)
         opinions = [(r, x["first_error"]) for r, x in zip(records, found) if x["first_error"] is not None]
         mean, low, high = interval([x["rollouts"] for x in found])
@@ -151,7 +149,7 @@ def main(argv=None):
     parser.add_argument("--consensus", default="all", help="all, majority, or a number of voters")
     parser.add_argument("--write", type=Path, metavar="DIR", help="write label sets there, too")
     parser.add_argument("--searches", action="store_true", help="measure the searches, too")
-    parser.add_argument("--policy", default=str(ROOT / "tiny" / "A"), help="the LLM of --searches")
+    parser.add_argument("--policy", default=str(TINY / "A"), help="the LLM of --searches")
     parser.add_argument("--k", type=int, default=8, help="rollouts a prefix")
     parser.add_argument("--limit", type=int, help="solutions of each domain for --searches")
     parser.add_argument("--seed", type=int, default=0, help="of the rollouts of --searches")

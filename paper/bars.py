@@ -1,8 +1,8 @@
 """Is the tiny world honest? Measure its policy, its PRM and the search strategies on held-out problems.
 
-    python tiny/bars.py                            # 500 problems of each domain; some 40 minutes on one core
-    python tiny/bars.py --limit 50 --strategies beam mcts
-    python tiny/bars.py --prm truth                # the world's own grading in the PRM's place: what search alone loses
+    python -m paper.bars                            # 500 problems of each domain; some 40 minutes on one core
+    python -m paper.bars --limit 50 --strategies beam mcts
+    python -m paper.bars --prm truth                # the world's own grading in place of a PRM: what search alone loses
 
 1. The policy: mean single sample, majority@16 and pass@16.
 2. The PRM: AUC of p_t against the true label of each step, over all steps and among steps at the same position (so
@@ -17,22 +17,23 @@ import argparse
 import itertools
 import json
 import statistics
-import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import search  # noqa: E402
-import tasks  # noqa: E402
-from evaluate import interval, paired  # noqa: E402
-from policy import load_policy_flags  # noqa: E402
-from prm_model import auc_pairs, load_prm  # noqa: E402
-from rows import command_line, need_folder  # noqa: E402
-from tiny import world  # noqa: E402
+import search
+from common import tasks
+from common.metrics import (
+    auc_pairs,
+    interval,
+    paired,
+)
+from common.policy import load_policy_flags
+from common.run import command_line, need_folder
+from prm_model import load_prm
+from tiny import world
 
 
 class Truth:

@@ -1,0 +1,103 @@
+"""Final answers in math: found in a solution's text, and compared with the gold answer by math-verify."""
+import functools
+import inspect
+import re
+
+from common import judge
+
+
+def extract_answer(text):
+    """The final answer in a solution text, or None.
+
+    Looked for in this order, the last of each: \\boxed{...}, GSM8K's "#### ...", "answer is ..." or "answer: ...".
+    Nothing else counts: a guess such as "the last number" rewards solutions that never committed to an answer.
+    "so \\boxed{\\frac{1}{2}}." -> "\\frac{1}{2}"
+    """
+    for start in reversed([m.end() for m in re.finditer(r"\\(?:boxed|fbox)\s*{", text)]):
+        depth = 1
+        for i in range(start, len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if not depth:
+                return text[start:i].strip() or None  # braces nest, so a regular expression will not do
+    marked = re.findall(r"####\s*(-?\\?\$?[\d.,][^\n]*)", text) or re.findall(r"####([^\n]*)\s*\Z", text)
+    if marked:  # a number, or the last line: else it is a heading in Markdown
+        return marked[-1].strip() or None
+    said = re.split(r"(?i)\banswer\s*(?:is\b\s*:?|:)", text)
+    if len(said) == 1:
+        return None
+    line = re.split(r"\.(?:\s|$)", said[-1].strip(" \t\n*").split("\n")[0])[0]  # a full stop ends it, 3.14 does not
+    return line.strip(" \t*$.,;") or None
+
+
+@functools.lru_cache(100_000)
+def normalise(answer):
+    """An answer as written -> a form in which the commonest equal spellings are equal strings.
+
+    "$1{,}234$" -> "1234"; "033" -> "33"; "\\dfrac12" -> "\\frac{1}{2}"; "\\left( 3, 4 \\right)" -> "(3,4)"
+    Only rewrites that cannot make unequal answers equal belong here; math-verify judges the rest.
+    """
+    s = answer.strip().rstrip(".").replace("{,}", ",")
+    s = re.sub(r"\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,!;: ])", "", s)
+    s = re.sub(r"\\[dt]frac", r"\\frac", s).replace("\\$", "").replace("$", "").replace("\\%", "%")
+    s = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*{([^{}]*)}", r"\1", s)
+    s = re.sub(r"\^\s*(?:\\circ|{\s*\\circ\s*})", "°", s)
+    s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
+    s = re.sub(r"_{(\d+)}$", r"_\1", re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", s))  # "1 1/2" is not "11/2"
+    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", s):
+        s = s.replace(",", "")
+    return str(int(s.split(".")[0])) if re.fullmatch(r"[-+]?\d{1,999}(\.0*)?", s) else s
+
+
+def equivalent_many(pairs):
+    """Is each prediction equal to its gold answer? pairs [(gold, pred)] -> [bool]. None is never equal to anything.
+
+    String equality first, two integers are decided at once, and only the rest goes to math-verify, which needs
+    milliseconds a pair and can hang on odd input: it runs in the sandbox of the code judge, under its time limit
+    (its own guard is SIGALRM, which fails in threads, and is switched off).
+    """
+    equal = {}
+    for gold, pred in pairs:
+        equal[gold, pred] = False
+        if gold is not None and pred is not None:
+            a, b = normalise(gold), normalise(pred)
+            # integers, and numbers in a base: math-verify overlooks that 52_8 is not 52_9
+            plain = any(re.fullmatch(form, a) and re.fullmatch(form, b) for form in (r"-?\d+", r"\w+_\d+"))
+            sure = a == b or plain or not 0 < len(b) <= 1000  # no answer is longer, and its parse would take the limit
+            equal[gold, pred] = a == b if sure else None
+    todo = [pair for pair, known in equal.items() if known is None]
+    size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: a fork costs as much as a few pairs
+    chunks = [(todo[i : i + size],) for i in range(0, len(todo), size)]
+    for (chunk,), found in zip(chunks, judge.parallel(_verify_chunk, chunks)):
+        equal.update(zip(chunk, found))
+    return [equal[gold, pred] for gold, pred in pairs]
+
+
+def _verify_chunk(pairs):
+    """One request to the sandbox; a pair that hangs or kills the child counts as unequal, the rest goes on after it."""
+    program = {"kind": "call", "entry": "math_equal", "time_limit": 0.5 * judge.slowness()}
+    done = []
+    while len(done) < len(pairs):
+        left = pairs[len(done) :]
+        results, _, _ = judge.run_program(program, inspect.getsource(math_equal), inputs=left, longer=10)
+        if ("exc", "ModuleNotFoundError") in [result[:2] for result in results]:
+            raise RuntimeError("math answers need math-verify: pip install 'math-verify[antlr4_13_2]'")
+        done += [(status, value) == ("ok", True) for status, value, _ in results]
+        done += [False] * (len(done) < len(pairs))
+    return done
+
+
+def math_equal(gold, pred):
+    """Runs in the sandbox. math-verify wants the gold answer first: the comparison is not symmetric."""
+    import re
+
+    import math_verify
+
+    if re.fullmatch(r"-?[\d.,]+", gold.strip()):  # math-verify knows some units, and reads others as d * o * l * ...
+        no_units = ("hundred|thousand|million|billion|trillion|dozen|times|plus|minus|over|divided|squared|cubed|sqrt|"
+                    "factorial|half")
+        unit = rf"^(\\?\$?-?\d[\d,]*(?:\.\d+)?)\s+(?!.*\b(?:{no_units}))[A-Za-z]{{3,}}[A-Za-z ]*$"
+        pred = re.sub(unit, r"\1", pred.strip())
+    pred = re.sub(r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])", r"\\\1", pred)  # "pi/2" is not p times i
+    pred = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", pred)
+    parsed = [math_verify.parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in (gold, pred)]
+    return bool(math_verify.verify(*parsed, timeout_seconds=None))
