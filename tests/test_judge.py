@@ -150,7 +150,8 @@ def test_root_without_namespaces_still_judges_and_cleans_up():
     script = textwrap.dedent("""
         import os, sys, warnings
         sys.path[:0] = [%r, %r]
-        import judge, test_judge as t
+        import test_judge as t
+        from common import judge
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             problem, good = t.kind_of("call")
@@ -164,7 +165,7 @@ def test_root_without_namespaces_still_judges_and_cleans_up():
             assert t.judge_many([(problem, good + "#" + name)])[0].ok, name
             assert t.running() <= before, name
         print("fine")
-    """) % (str(Path(judge.__file__).parent), str(Path(__file__).parent))
+    """) % (str(Path(judge.__file__).parents[1]), str(Path(__file__).parent))
     drop = "import ctypes, os, sys\nctypes.CDLL(None).prctl(24, 21)\nos.execv(sys.argv[1], sys.argv[1:])"
     command = [sys.executable, "-c", drop, sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -177,7 +178,7 @@ def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
     script = textwrap.dedent("""
         import os, socket, subprocess, sys
         sys.path.insert(0, sys.argv[1])
-        import judge
+        from common import judge
         judge._guard(False)
         open("inside", "w").write("x"); os.rename("inside", "renamed"); open("renamed").read(); open(os.devnull, "w")
         for attack in (lambda: open("../outside", "w"), lambda: os.kill(os.getpid(), 0), lambda: os.remove("../x"),
@@ -185,7 +186,7 @@ def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
             try: attack()
             except PermissionError: print("refused")
     """)
-    command = [sys.executable, "-c", script, str(Path(judge.__file__).parent)]
+    command = [sys.executable, "-c", script, str(Path(judge.__file__).parents[1])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["refused"] * 6, done.stderr
 

@@ -324,7 +324,7 @@ def test_an_output_that_exists_is_not_overwritten(tmp_path, capsys):
 
 def test_the_shipped_policy_writes_the_recorded_text():
     """A checkpoint that loads wrongly, or a forward that is subtly off, does not write this."""
-    from policy import load_policy
+    from common.policy import load_policy
     policy = load_policy(TINY / "A", temperature=0, max_step_tokens=40, max_steps=16)
     question = ("Ann has 6 shells. In January she finds 5. In February she doubles them. In March she loses 4. "
                 "In April she sells half. In May she buys 4. How many now?")
