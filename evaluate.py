@@ -82,7 +82,7 @@ def maj_at(row, n, subset="average", how=None, rounds=64):
     weight, keys = rewards(row, how) if how else [1.0] * M, [s["answer"] for s in row["samples"]]
 
     def right(chosen):
-        return row["samples"][chosen[search.pick([weight[i] for i in chosen], [keys[i] for i in chosen])]]["correct"]
+        return row["samples"][chosen[search.mode([keys[i] for i in chosen], [weight[i] for i in chosen])]]["correct"]
     if subset == "first" or n == M:
         return float(right(range(n)))
     if n == 1:
@@ -230,10 +230,10 @@ class Bench:
     def run(self, strategy, policy, prm=None, **options):
         """Sample rows of a strategy; best_of_n without a PRM is the plain pool of samples."""
         args = argparse.Namespace(**{**vars(self.args), **options})
-        flags = {"beam": ["k", "m", "beam_score", "prune", "adaptive"],
-                 "mcts": ["m", "simulations", "c", "simulate", "choose", "prune", "adaptive"]}.get(strategy, [])
+        flags = {"beam": ["k", "m", "prune", "adaptive"],
+                 "mcts": ["m", "simulations", "c", "choose", "prune"]}.get(strategy, [])
         settings = [strategy, written(policy), prm and written(prm),
-                    self.settings(*flags, *(["aggregate", "weighted"] if prm else [])), options]
+                    self.settings(*flags, *(["aggregate", "textbook"] if prm else [])), options]
         return self.once(f"{strategy}-{Path(policy).name}", settings, self.problems, lambda some: search.solve(
             some, strategy, self.policy(policy), [self.prm(prm)] if prm else [], args)[1])
 
@@ -588,6 +588,7 @@ def parse(argv):
     a("--policies", nargs="+", default=[f"{x}={TINY / x}" for x in "ABC"], help="table1: LABEL=FOLDER of the LLMs")
     a("--widths", nargs="+", default=["1x4", "2x4", "4x4", "4x8"], help="fig4, fig5: beams KxM")
     a("--seeds", type=int, nargs="+", default=[0], help="sets of problems of the tiny world")
+    a("--split", help="of the task")
     search.add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
     add_run_flags(parser, limit=100)
@@ -595,7 +596,7 @@ def parse(argv):
     args = parser.parse_args(argv)
     args.resume = args.resume or not args.overwrite  # --out is a folder that grows
     check_run_flags(parser, args, "n", "k", "m", "simulations", "concurrent")
-    args.tokens = args.seconds = math.inf
+    args.tokens = math.inf
     try:
         args.widths = [(int(k), int(m)) for k, m in (w.split("x") for w in args.widths)]
     except ValueError:

@@ -30,6 +30,7 @@ from transformers.utils import cached_file
 from common.cache import chunks, extend
 from common.data import read_rows
 from common.policy import dtype_of, load_pretrained
+from common.results import coloured
 from common.run import command_line, distributed
 
 HEAD_FILE = "prm_head.safetensors"
@@ -184,17 +185,6 @@ def aggregate(scores, how):
     return AGGREGATIONS[how](scores) if scores else 0.0
 
 
-def score_steps(prms, leaves, combine="mean"):
-    """Set p of all new steps of the tree; several PRMs are averaged, or the most severe one counts (§4.2)."""
-    for prm in prms:
-        for node, p in prm.score_nodes(leaves).items():
-            node.scores.append(p)
-    for leaf in leaves:
-        for node in leaf.path():
-            if node.p is None and node.scores:
-                node.p = min(node.scores) if combine == "min" else sum(node.scores) / len(node.scores)
-
-
 def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     """Load a PRM from a folder or the hub. Errors are ValueErrors that say what is missing or how to get it.
 
@@ -248,17 +238,6 @@ def _load_published(path, dtype):
     w = whole.score.state_dict()
     weight, bias = (w[f"2.{x}"][1:] - w[f"2.{x}"][:1] for x in ("weight", "bias"))
     return whole.model, {"0.weight": w["0.weight"], "0.bias": w["0.bias"], "3.weight": weight, "3.bias": bias}
-
-
-# ---------------------------------------------------------------- Figures 6 and 8: a scored solution
-
-def coloured(step, p):
-    """A step and its p_t, from red (0) to green (1); further lines of the step stand below its first."""
-    step = step.replace("\n", "\n" + " " * 7)
-    if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
-        return f"{p:.3f}  {step}"
-    red, green = round(255 * min(1, 2 - 2 * p)), round(255 * min(1, 2 * p))
-    return f"\033[38;2;{red};{green};60m{p:.3f}\033[0m  {step}"
 
 
 def main(argv=None):

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from common import policy as policy_module  # noqa: E402
 from common import tasks  # noqa: E402
+from common.driver import Search, run_together  # noqa: E402
 from common.policy import Node, Policy, load_policy  # noqa: E402
 from prm_model import PRM, aggregate, load_prm  # noqa: E402
-from search import Search, beam, drive  # noqa: E402
+from search import beam_extended as beam  # noqa: E402
 
 
 class ReEncoding:
@@ -73,7 +74,7 @@ def run(policy, prm, problems):
     searches = [Search(policy.root(p.id, p.question, p.domain), beam,
                        {"k": 4, "m": 4, "path_score": total, "reward": total}) for p in problems]
     started = time.perf_counter()
-    drive(searches, policy, [prm])
+    run_together(searches, policy, [prm])
     return searches, time.perf_counter() - started
 
 
@@ -88,11 +89,11 @@ def compare(name, policy_of, prm, problems):
     other = ReEncoding(plain, prm)
     other.root = plain.root
     slow, slow_seconds = run(other, other, problems)
-    mine, theirs = ([(n.text, n.p) for s in searches for n in s.tried] for searches in (cached, slow))
+    mine, theirs = ([(n.text, n.p) for s in searches for n in s.sampled] for searches in (cached, slow))
     same = [a for a, _ in mine] == [b for b, _ in theirs]
     apart = max((abs(a - b) for (_, a), (_, b) in zip(mine, theirs)), default=0.0) if same else float("nan")
     config = policy.model.config
-    depth = sum(max(n.depth for n in s.tried) for s in cached) / len(cached)
+    depth = sum(max(n.depth for n in s.sampled) for s in cached) / len(cached)
     print(f"\n{name}: {len(problems)} problems, {len(mine)} candidates, {depth:.1f} steps deep on average")
     print(f"{'':<24}{'cached':>12}{'re-encoded':>12}{'ratio':>8}")
     for what, a, b in (("PRM tokens", prm_tokens, other.tokens), ("policy prefilled", prefilled, plain.prefilled),

@@ -7,14 +7,29 @@ import sys
 import time
 import weakref
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, TINY
 
 import search
+from common.driver import Search, run_together
 from common.policy import Node, load_policy
 from prm_model import load_prm
-from search import Search, beam, best_of_n, drive, mcts, merge, pick, uct_select
+from search import (
+    arg_max,
+    choose,
+    merge,
+    mode,
+    samples_within,
+    uct_select,
+)
+from search import (
+    beam_extended as beam,
+)
+from search import (
+    mcts_extended as mcts,
+)
 
 
 class Script:
@@ -52,6 +67,10 @@ class Script:
         return {n: n.true_p for leaf in leaves for n in leaf.path() if n.p is None}
 
 
+def texts(search):
+    return ["".join(node.steps()) for _, _, node in search.finished]
+
+
 def reward(node):
     return math.prod(n.p for n in node.path())
 
@@ -62,11 +81,11 @@ def total(node):
 
 def run(strategy, tree, tokens=math.inf, **options):
     options = {"reward": reward, "path_score": total, **options}
-    s = Search(Node("Q"), strategy, options, tokens=tokens)
+    s = Search(Node("Q"), strategy, options, budget=tokens)
     script = Script(tree)
-    drive([s], script, [script])
-    nodes = [node for _, _, node in s.found]
-    return s, ("".join(nodes[pick([reward(n) for n in nodes])].steps()) if nodes else None)
+    run_together([s], script, [script])
+    nodes = [node for _, _, node in s.finished]
+    return s, ("".join(nodes[arg_max([reward(n) for n in nodes])].steps()) if nodes else None)
 
 
 # "a" looks best and leads nowhere; "b" looks worse and leads to the only good end.
@@ -89,7 +108,6 @@ def test_greedy_and_beam_lose_a_deceptive_tree_that_mcts_wins():
     assert run(beam, DECEPTIVE, k=1, m=3)[1] == "ax"
     assert run(beam, DECEPTIVE, k=2, m=3)[1] in ("ax", "ay", "cx", "cy")
     assert run(mcts, DECEPTIVE, m=3, simulations=12, c=0.5)[1] == "bx"
-    assert run(mcts, DECEPTIVE, m=3, simulations=12, c=0.5, simulate="value")[1] == "bx"
 
 
 def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
@@ -98,8 +116,8 @@ def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
     s, _ = run(beam, tree, k=2, m=2)
     # step 1 draws 4: a a b a -> beams a, b(end). Step 2 from a: ax 1.2 (end), ay 1.1; kept: ax, ay; b has 0.8.
     # step 3 from ay: z, z -> merged; ayz = 2.0.
-    assert s.spent == 4 + 2 + 2
-    assert {"".join(n.steps()) for _, _, n in s.found} == {"b", "ax", "ayz"}
+    assert s.generated == 4 + 2 + 2
+    assert {"".join(n.steps()) for _, _, n in s.finished} == {"b", "ax", "ayz"}
     assert [n.text for n in merge([Node("a"), Node("b"), Node("a")])] == ["a", "b"]
 
 
@@ -120,13 +138,6 @@ def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
     assert N[b] > N[a]
 
 
-def test_mcts_with_adaptive_breadth_goes_on_when_the_tree_is_closed():
-    """Unsure steps that all end: an expansion draws twice M, and the nodes that are reopened must still draw."""
-    tree = {"": [("a", 0.5, False), ("b", 0.4, False)], "a": [("x", 0.5, True)], "b": [("y", 0.5, True)]}
-    s, _ = run(mcts, tree, m=2, simulations=30, c=0.5, adaptive=True)
-    assert s.result[0][s.root] == 30
-
-
 def test_rows_of_ids_and_texts_that_are_unusual_come_back(tmp_path):
     """U+2028 is a line end to str.splitlines() but not to JSONL; equal ids cannot be told apart."""
     rows = [{"id": "1", "text": "a\u2028b"}, {"id": "2", "text": "c"}]
@@ -138,17 +149,17 @@ def test_rows_of_ids_and_texts_that_are_unusual_come_back(tmp_path):
 
 
 def test_mcts_widens_where_it_visits():
-    """Three samples are bad, the fourth is good: after one visit nothing new is left, and the root is widened."""
+    """Three samples are bad, the fourth is good: at the root's fourth visit three more are drawn."""
     late = {"": [("a", 0.1, True)] * 3 + [("b", 0.9, True)]}
-    found = [run(mcts, late, m=3, simulations=n, c=1.0) for n in (1, 2)]
-    assert [(s.spent, best) for s, best in found] == [(3, "a"), (6, "b")]
+    found = [run(mcts, late, m=3, simulations=n, c=1.0) for n in (4, 5)]
+    assert [(s.generated, best) for s, best in found] == [(3, "a"), (6, "b")]
     # The same where the bad steps lead on and on and nothing is ever used up: at the fourth visit M more are drawn.
     late = {"": [("a", 0.5, False)] * 3 + [("b", 0.9, False)], "b": [("y", 0.9, True)],
             **{"a" * n: [("a", 0.5, n > 20)] for n in range(1, 23)}}
     assert [run(mcts, late, m=3, simulations=n, c=1.0)[1][0] for n in (4, 5)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("strategy, options", [(best_of_n, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
+@pytest.mark.parametrize("strategy, options", [(samples_within, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
                                                (mcts, {"m": 2, "simulations": 10**6, "c": 1.0})])
 def test_budgets_are_respected_within_one_call(strategy, options):
     tree = {}  # ten levels and a fan of two: far more than the budget can see
@@ -160,8 +171,8 @@ def test_budgets_are_respected_within_one_call(strategy, options):
                 grow(text + c, depth + 1)
     grow("", 0)
     s, _ = run(strategy, tree, tokens=50, **options)
-    assert s.spent <= 50 + 10 and s.request is None  # a whole solution is 10 tokens: one call's worth
-    assert s.spent >= 50 or strategy is beam         # a beam of two is done with ten levels before
+    assert s.generated <= 50 + 10 and s.request is None  # a whole solution is 10 tokens: one call's worth
+    assert s.generated >= 50 or strategy is beam         # a beam of two is done with ten levels before
 
 
 @pytest.mark.parametrize("strategy, options", [(beam, {"k": 2, "m": 2}), (mcts, {"m": 2, "simulations": 9, "c": 1.0})])
@@ -170,23 +181,11 @@ def test_a_search_that_is_over_gives_its_memory_back(strategy, options):
     for tokens in (40, math.inf):
         s = Search(policy.root("p", "Ann has 7 shells. In January she finds 5. How many now?"), strategy,
                    {**options, "path_score": total, "reward": total}, tokens)
-        drive([s], policy, [prm])
-        assert s.tried and not any(n.kv or n.hidden for leaf in s.tried for n in leaf.line())
+        run_together([s], policy, [prm])
+        assert s.sampled and not any(n.kv or n.hidden for leaf in s.sampled for n in leaf.line())
         gone = weakref.ref(s)
         del s
         assert gone() is None  # at once: no cycle that waits for the garbage collector
-
-
-def test_a_budget_of_seconds_ends_a_search():
-    class Slow(Script):
-        def propose(self, nodes, counts):
-            time.sleep(0.02)
-            return super().propose(nodes, counts)
-    tree = {"": [("a", 0.5, False)], **{"a" * i: [("b", 0.5, True), ("a", 0.5, False)] for i in range(1, 99)}}
-    s = Search(Node("Q"), mcts, {"m": 2, "simulations": 10**6, "c": 1.0, "reward": reward}, seconds=0.1)
-    slow = Slow(tree)
-    drive([s], slow, [slow])
-    assert s.request is None and s.result is None and 0.1 <= s.took < 0.3
 
 
 @pytest.mark.parametrize("combine, want", [("mean", "b"), ("min", "c")])
@@ -200,16 +199,16 @@ def test_several_prms_are_averaged_or_the_most_severe_counts(combine, want):
         def score_nodes(self, leaves):
             return {n: {"a": 0.1, "b": 0.4, "c": 0.5}[n.text] for n in leaves}
     s = Search(Node("Q"), beam, {"k": 1, "m": 3, "path_score": total})
-    drive([s], first, [first, Second()], combine)
-    assert max((n for _, _, n in s.found), key=total).text == want and len(s.tried[0].scores) == 2
+    run_together([s], first, [first, Second()], combine)
+    assert max((n for _, _, n in s.finished), key=total).text == want and len(s.sampled[0].scores) == 2
 
 
 def test_adaptive_breadth_and_pruning():
     sure = {"": [("a", 0.95, True), ("b", 0.9, True)]}
     hard = {"": [("a", 0.3, True), ("b", 0.2, True)]}
-    assert run(beam, sure, k=1, m=4, adaptive=True)[0].spent == 2
-    assert run(beam, hard, k=1, m=4, adaptive=True)[0].spent == 6
-    expanded = [{n.parent.text for n in run(beam, DECEPTIVE, k=3, m=3, prune=p)[0].tried} for p in (0.0, 0.85)]
+    assert run(beam, sure, k=1, m=4, adaptive=True)[0].generated == 2
+    assert run(beam, hard, k=1, m=4, adaptive=True)[0].generated == 6
+    expanded = [{n.parent.text for n in run(beam, DECEPTIVE, k=3, m=3, threshold=p)[0].sampled} for p in (0.0, 0.85)]
     assert expanded == [{"Q", "a", "b", "c"}, {"Q", "a"}]
 
 
@@ -217,15 +216,31 @@ def test_a_beam_of_equal_steps_keeps_its_breadth():
     """All first steps are the same: one path is left, and the samples of two go to it; the last of four is good."""
     tree = {"": [("a", 0.9, False)], "a": [("x", 0.1, True), ("x", 0.1, True), ("x", 0.1, True), ("y", 0.9, True)]}
     s, best = run(beam, tree, k=2, m=2)
-    assert best == "ay" and s.spent == 4 + 4
+    assert best == "ay" and s.generated == 4 + 4
 
 
-def test_pick():
-    assert pick([0.1, 0.9, 0.9, 0.4]) == 1                                              # ties go to the first
-    assert pick([1.0] * 4, ["7", "8", "8", "7"]) == 0                                   # a tied vote: the first seen
-    assert pick([0.1, 0.9, 0.9, 0.4], ["7", "8", "8", "7"]) == 1                        # 0.5 against 1.8
-    assert pick([1.0] * 4, [None, None, "3", "4"]) == 2                                 # no answer is no vote
-    assert pick([1.0] * 2, [None, None]) == 0
+def test_arg_max_takes_the_first_of_equals():
+    assert arg_max([0.1, 0.9, 0.9, 0.4]) == 1
+
+
+@pytest.mark.parametrize("answers, weights, want", [
+    (["7", "8", "8", "7"], None, 0),                  # a tie: the answer that was seen first
+    (["7", "8", "8", "7"], [0.1, 0.9, 0.9, 0.4], 1),  # 0.5 for 7, 1.8 for 8
+    (["7", "8", "8"], [0.5, 0.9, -1.0], 1),           # an unfinished solution takes no weight away
+    ([None, None, "3", "4"], None, 2),                # no answer is no vote
+    ([None, None], None, 0)])
+def test_mode(answers, weights, want):
+    assert mode(answers, weights) == want
+
+
+@pytest.mark.parametrize("rule, want", [("argmax", 2), ("vote", 0), ("weighted", 3), ("visited", 1)])
+def test_each_rule_chooses_its_own_solution(rule, want):
+    """7 has two votes of weight 0.4, 8 one of 0.8, 9 two of 1.0; MCTS went to the second most often."""
+    root = Node("Q")
+    nodes = [Node(x, root, end="eos") for x in "abcde"]
+    s = SimpleNamespace(root=root, finished=[(0, 0.0, node) for node in nodes],
+                        result=({nodes[0]: 1, nodes[1]: 5}, {root: nodes[:2]}))
+    assert choose(rule, s, [0.2, 0.2, 0.8, 0.6, 0.4], ["7", "7", "8", "9", "9"]) == want
 
 
 def test_problems_searched_together_are_searched_as_alone():
@@ -234,9 +249,9 @@ def test_problems_searched_together_are_searched_as_alone():
     for tree, (s, _) in zip(scripts, alone):
         searches = [Search(Node("Q"), mcts, {"m": 3, "simulations": n, "c": 0.5, "reward": reward}) for n in (2, 9, 5)]
         script = Script(tree)
-        drive(searches, script, [script])
-        assert ["".join(n.steps()) for _, _, n in searches[1].found] == ["".join(n.steps()) for _, _, n in s.found]
-        assert searches[1].spent == s.spent
+        run_together(searches, script, [script])
+        assert texts(searches[1]) == texts(s)
+        assert searches[1].generated == s.generated
 
 
 # ---------------------------------------------------------------- the script, on the shipped models

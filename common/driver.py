@@ -1,0 +1,140 @@
+"""One driver for all searches: many problems advance together, and share each batch.
+
+A strategy of search.py is a generator for one problem:
+
+    plan = beam(root, ...)
+    request = plan.send(None)       # Request: "sample n next steps below each of these nodes"
+    request = plan.send(groups)     # the answer: for each node its new nodes, scored by the PRM
+
+The driver collects the pending requests of all problems, samples for all of them in one call of
+the policy, scores in one pass of the PRM, and hands each generator its own nodes. So a strategy can
+be read one problem at a time, as in the paper, and a GPU still sees full batches.
+"""
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+
+@dataclass
+class Request:
+    """Sample n continuations below each node: one step each, or (whole) to the solution's end."""
+    nodes: list
+    n: int
+    whole: bool = False
+
+
+@dataclass(eq=False)
+class Search:
+    """One problem's search and its account. A batch's costs are shared out by generated tokens."""
+    root: object
+    strategy: object
+    options: dict
+    budget: float = math.inf          # generated tokens; checked before each call of the policy
+    generated: int = 0                # tokens
+    prefilled: float = 0.0            # tokens
+    prm_tokens: float = 0.0
+    seconds: float = 0.0
+    prm_seconds: float = 0.0          # the PRM's part of `seconds`
+    sampled: list = field(default_factory=list)   # every node of the tree, in order
+    finished: list = field(default_factory=list)  # (tokens, seconds, last node) of each solution
+    result: object = None             # what the strategy returned, unless the budget ended it
+
+    def __post_init__(self):
+        def left():
+            return self.budget - self.generated
+        self.plan = self.strategy(self.root, left=left, **self.options)
+        self.request = None
+        self.advance(None)
+
+    def advance(self, groups):
+        """Send the new nodes to the strategy and receive its next request, None at its end."""
+        try:
+            self.request = self.plan.send(groups)
+        except StopIteration as end:
+            self.request = None
+            self.result = end.value
+        if self.request is None or self.generated >= self.budget:
+            self.stop()
+
+    def stop(self):
+        self.request = None
+        # The plan's frame holds left(), which holds this search: without the cycle the tree is
+        # freed now. close() alone does not clear the frame in all versions of Python.
+        self.plan.close()
+        self.plan = None
+        for node in [self.root, *self.sampled]:
+            node.forget()  # keys and values: most of the tree's memory
+
+    def charge(self, groups, share, seconds, prm_seconds, prefilled, prm_tokens):
+        """Book this search's new nodes and its share of what the batch has cost."""
+        self.generated += new_tokens(self.request, groups)
+        self.seconds += share * seconds
+        self.prm_seconds += share * prm_seconds
+        self.prefilled += share * prefilled
+        self.prm_tokens += share * prm_tokens
+        for node in chain.from_iterable(groups):
+            self.sampled.append(node)
+            if node.end:
+                self.finished.append((self.generated, self.seconds, node))
+
+
+def new_tokens(request, groups):
+    """Tokens that the policy generated for a request."""
+    total = 0
+    for parent, group in zip(request.nodes, groups):
+        total += sum(node.tokens() - parent.tokens() for node in group)
+    return total
+
+
+def run_together(searches, policy, prms=(), combine="mean", progress=None):
+    """Advance all searches until each is done or has spent its budget. progress: a tqdm bar."""
+    live = [search for search in searches if search.request]
+    while live:
+        for whole in (False, True):  # too different in length to share a batch
+            batch = [search for search in live if search.request and search.request.whole == whole]
+            if batch:
+                answer(batch, whole, policy, prms, combine)
+        if progress is not None:  # tokens: with a real model no problem may be done for minutes
+            tokens = sum(search.generated for search in searches)
+            progress.set_postfix_str(f"{tokens} tokens", refresh=False)
+            progress.update(sum(search.request is None for search in live))
+        live = [search for search in live if search.request]
+
+
+def answer(batch, whole, policy, prms, combine):
+    """One call of the policy and one pass of each PRM for the requests of all these searches."""
+    prefilled = policy.prefilled
+    prm_tokens = sum(prm.tokens for prm in prms)
+    started = time.perf_counter()
+    nodes, counts = [], []
+    for search in batch:
+        nodes += search.request.nodes
+        counts += [search.request.n] * len(search.request.nodes)
+    groups = (policy.complete if whole else policy.propose)(nodes, counts)
+    sampled = time.perf_counter()
+    score_steps(prms, list(chain.from_iterable(groups)), combine)
+    scored = time.perf_counter()
+
+    groups = iter(groups)
+    answers = [list(islice(groups, len(search.request.nodes))) for search in batch]
+    tokens = [new_tokens(search.request, groups) for search, groups in zip(batch, answers)]
+    prefilled = policy.prefilled - prefilled
+    prm_tokens = sum(prm.tokens for prm in prms) - prm_tokens
+    for search, groups, new in zip(batch, answers, tokens):
+        share = new / max(1, sum(tokens))
+        search.charge(groups, share, scored - started, scored - sampled, prefilled, prm_tokens)
+        search.advance(groups)
+
+
+def score_steps(prms, leaves, combine="mean"):
+    """Set node.p of all new steps above `leaves`. Several PRMs (§4.2): their mean, or (combine
+    "min") the most severe one."""
+    for prm in prms:
+        for node, p in prm.score_nodes(leaves).items():
+            node.scores.append(p)
+    for leaf in leaves:
+        for node in leaf.path():
+            if node.p is None and node.scores:
+                mean = sum(node.scores) / len(node.scores)
+                node.p = min(node.scores) if combine == "min" else mean

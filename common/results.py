@@ -1,0 +1,132 @@
+"""From searches to judged rows on disk, and what is printed of them."""
+import os
+import statistics
+import sys
+from textwrap import indent
+
+from common import tasks
+from common.loaders import packed
+from common.metrics import mean_se
+
+
+def sample_rows(problems, searches, strategy, choose, rule, separator):
+    """One judged row a problem (format: common/data.py), its samples in the order of finishing."""
+    solutions = []
+    for problem, search in zip(problems, searches):
+        for _, _, node in search.finished:
+            solutions.append((problem, separator.join(node.steps())))
+    verdicts = iter(tasks.judge_many(solutions))
+    keys = iter(tasks.vote_keys(solutions))
+    rows = []
+    for problem, search in zip(problems, searches):
+        nodes = [node for _, _, node in search.finished]
+        answers = [next(keys) for _ in nodes]
+        reward = search.options["reward"]
+        rewards = [-1.0 if node.end == "length" else reward(node) for node in nodes]
+        goal = {"answer": problem.answer}
+        if problem.domain == "code":
+            goal = {"tests": packed(problem.tests)}
+        rows.append({
+            "id": problem.id, "domain": problem.domain, "question": problem.question, **goal,
+            "strategy": strategy, "samples": [sample(node, answer, next(verdicts))
+                                              for node, answer in zip(nodes, answers)],
+            "picked": choose(rule, search, rewards, answers),
+            "vote": choose("vote", search, rewards, answers),
+            "curve": best_so_far(search, rewards), "cost": costs(search),
+            "overshoot": max(0, search.generated - search.budget)})
+    return rows
+
+
+def sample(node, answer, verdict):
+    path = [step for step in node.path() if step.text]
+    return {"steps": node.steps(), "scores": [step.p for step in path], "answer": answer,
+            "correct": verdict.ok, "tokens": node.tokens(), "end": node.end}
+
+
+def costs(search):
+    return {"policy_generated": search.generated, "policy_prefilled": round(search.prefilled, 1),
+            "prm_tokens": round(search.prm_tokens, 1), "seconds": round(search.seconds, 4),
+            "prm_seconds": round(search.prm_seconds, 4)}
+
+
+def best_so_far(search, rewards):
+    """[(tokens, seconds, index)] whenever the arg max changed: Figures 4 and 5 read it."""
+    curve = []
+    for i, (tokens, seconds, _) in enumerate(search.finished):
+        if not curve or rewards[i] > rewards[curve[-1][2]]:
+            curve.append((tokens, round(seconds, 4), i))
+    return curve
+
+
+def right(row, i):
+    """Is sample i of a row right? None, that no solution was finished, is not."""
+    return bool(i is not None and row["samples"][i]["correct"])
+
+
+def compare(row, pool):
+    """The strategy's pick beside three baselines from a pool of plain samples of as many tokens."""
+    best = pool["curve"][-1][2] if pool["curve"] else None
+    single = statistics.fmean([sample["correct"] for sample in pool["samples"]] or [0.0])
+    return {"picked": right(row, row["picked"]), "best_of_n": right(pool, best),
+            "majority": right(pool, pool["vote"]), "single": single,
+            "pool_samples": len(pool["samples"]), "pool_tokens": pool["cost"]["policy_generated"]}
+
+
+# ------------------------------------------------------------ what is printed
+
+def by_domain(rows):
+    """{"math": [rows], "code": [rows]}, without domains that have none."""
+    domains = sorted({row["domain"] for row in rows}, reverse=True)
+    return {domain: [row for row in rows if row["domain"] == domain] for domain in domains}
+
+
+def coloured(step, p):
+    """Figures 6 and 8: a step behind its p_t, from red (0) to green (1) on a terminal."""
+    step = step.replace("\n", "\n" + " " * 7)
+    if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
+        return f"{p:.3f}  {step}"
+    red = round(255 * min(1, 2 - 2 * p))
+    green = round(255 * min(1, 2 * p))
+    return f"\033[38;2;{red};{green};60m{p:.3f}\033[0m  {step}"
+
+
+def show(search, row):
+    """The chosen solution step by step; under each step what else was sampled there, with p_t."""
+    print(f"\n{row['question']}\n")
+    if row["picked"] is None:
+        return print("no solution was finished")
+    for node in search.finished[row["picked"]][2].path():
+        print(indent(coloured(node.text, node.p), "  "))
+        siblings = {n.text: n for n in search.sampled if n.parent is node.parent}
+        siblings.pop(node.text, None)  # rolled-out steps are not among those sampled
+        for other in sorted(siblings.values(), key=lambda n: -n.p)[:3]:
+            print(indent(coloured(other.text, other.p), "      | "))
+    verdict = "right, " if right(row, row["picked"]) else "wrong, "
+    if row.get("answer") is None and not row.get("tests"):
+        verdict = ""  # nobody knows the answer of a --question
+    print(f"  -> {verdict}{search.generated} tokens generated, "
+          f"{len(search.sampled)} nodes in the tree\n")
+
+
+def report(rows, args):
+    """Print a table for each domain: accuracy ± a standard error over problems, and mean costs."""
+    name = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}",
+            "mcts": "MCTS", "majority": f"majority of {args.n}"}.get(args.strategy, args.strategy)
+    for domain, part in by_domain(rows).items():
+        def mean(column, key, part=part):
+            return statistics.fmean(row[column][key] for row in part)
+        counts = ("policy_generated", "policy_prefilled", "prm_tokens")
+        spent = [mean("cost", key) for key in counts]
+        pool = mean("compared", "pool_tokens")
+        print(f"{f'{domain}, {len(part)} problems':<34}accuracy         "
+              "generated  prefilled PRM tokens   seconds / problem")
+        for key, label, tokens in (
+                ("picked", name, spent), ("best_of_n", "best-of-N, same tokens", [pool]),
+                ("majority", "majority vote, same tokens", [pool]),
+                ("single", "a single sample", [pool / max(1, mean("compared", "pool_samples"))])):
+            accuracy, error = mean_se([float(row["compared"][key]) for row in part])
+            seconds = f"{mean('cost', 'seconds'):>10.3f}" if key == "picked" else ""
+            columns = "".join(f"{count:>11.0f}" for count in tokens)
+            print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {columns}{seconds}")
+        if overshoot := max(row["overshoot"] for row in part):
+            print(f"  the token budget was overshot by at most {overshoot} tokens")
