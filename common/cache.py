@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 
-class Rows:
+class PathBatch:
     """A batch of paths laid side by side, padded on the left, for one model: what one forward works on. To the model it
     is the cache, with room for the tokens to come: appending writes in place, where DynamicCache copies it all."""
 
@@ -68,7 +68,7 @@ class Rows:
 ENCODED_AT_ONCE = {"cpu": 4096}
 
 
-def chunks(items, length, max_tokens, device=None):
+def batches(items, length, max_tokens, device=None):
     """Split items, longest first, into batches of at most max_tokens padded tokens (one item at least), and of what
     this device encodes at once."""
     batch = []
@@ -84,7 +84,7 @@ def chunks(items, length, max_tokens, device=None):
 
 
 @torch.inference_mode()
-def extend(model, name, leaves, ids_of, max_tokens):
+def encode_missing(model, name, leaves, ids_of, max_tokens):
     """Encode every token on the paths to `leaves` that has not been -> (tokens it took, {node: hidden state (h)}).
 
     Nodes that are missing are followed downwards in chains: a chain begins below an encoded node and ends where the
@@ -107,7 +107,7 @@ def extend(model, name, leaves, ids_of, max_tokens):
                 chain.append(below[chain[-1]][0])
             known = head.line() if name in head.kv else head.line()[:-1]
             rows.append((known, chain, [i for n in chain for i in todo[n]]))
-        for batch in chunks(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens, model.device):
+        for batch in batches(rows, lambda r: len(r[2]) + sum(len(n.kv[name]) for n in r[0]), max_tokens, model.device):
             spent += sum(len(new) for _, _, new in batch)
             states.update(_extend_rows(model, name, batch, todo, below))
         todo = {node: ids for node, ids in todo.items() if node not in states}
@@ -118,7 +118,7 @@ def _extend_rows(model, name, rows, todo, below):
     """One forward for rows of (nodes before, chain of nodes to encode, their new tokens: todo has them by node)."""
     ids = pad_sequence([torch.tensor(new) for _, _, new in rows], batch_first=True)
     mask = torch.arange(ids.shape[1]) < torch.tensor([len(new) for _, _, new in rows])[:, None]
-    batch = Rows(model, name, [prefix for prefix, _, _ in rows], ids.shape[1])
+    batch = PathBatch(model, name, [prefix for prefix, _, _ in rows], ids.shape[1])
     hidden = batch.append(ids.to(model.device), mask.to(model.device))
     last, kept = {}, []  # of each node: the row and the position of its last token
     for row, (_, chain, new) in enumerate(rows):

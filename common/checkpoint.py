@@ -30,7 +30,7 @@ def is_master():
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def take_out(out, resume, overwrite, total, trained):
+def check_out_folder(out, resume, overwrite, total, trained):
     """Before any training: a ValueError, on every rank, if --out cannot be written. total, trained: parameters."""
     problem, needed = None, 16 * (total + trained)  # fp32: PRM and checkpoint, two moments; twice while replaced
     if out.is_dir() and any(out.iterdir()) and not overwrite and not (resume and (out / "log.jsonl").exists()):

@@ -43,6 +43,19 @@ def read_rows(file):
             raise ValueError(f"{file}:{number + 1}: {error}") from error
 
 
+def read_solutions(file):
+    """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
+    for number, row in read_rows(file):
+        try:
+            if "completions" in row:
+                yield row["prompt"], row["completions"]
+            else:
+                yield from [(row["question"], sample["steps"]) for sample in row["samples"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row "
+                             f"({error!r})") from error
+
+
 def hub_rows(name, *where, **keywords):
     """("NAME:NUMBER", row) of a data set on the hub. where, keywords: what load_dataset takes."""
     import datasets
@@ -150,27 +163,18 @@ def read_set(name, form="auto", neutral="good"):
             raise ValueError(f"{where}: {error}") from error
 
 
-def load_data(specs, form, neutral, samples, seed):
-    """All sets of --data as one list of (where, row): at most `samples` of each, drawn at random (§3.1, Table 3).
-
-    Weights ("a.jsonl:0.5") are shares: the largest mixture with these shares in which no row occurs twice.
-    """
-    sets = []
-    for spec in specs:
-        name, _, weight = spec.rpartition(":")
-        if not name or not re.fullmatch(r"\d*\.?\d+", weight):
-            name, weight = spec, None
-        rows = list(tqdm(read_set(name, form, neutral), f"read {name}", disable=None, leave=False))
+def load_data(names, neutral, samples, seed):
+    """All sets of --data as one list of (where, row): at most `samples` of each, drawn at random
+    (§3.1, Table 3)."""
+    found = []
+    for name in names:
+        rows = list(tqdm(read_set(name, neutral=neutral), f"read {name}", disable=None, leave=False))
         if not rows:
             raise ValueError(f"{name}: no rows")
-        random.Random(f"{seed} {Path(name).name}").shuffle(rows)  # by name: whatever the other sets, wherever it lies
-        sets.append((rows[:samples], weight))
-    if any(w is not None for _, w in sets):
-        if any(w is None or float(w) <= 0 for _, w in sets):
-            raise ValueError("--data: give every set a weight above 0, or none of them one")
-        total = min(len(rows) / float(w) for rows, w in sets)
-        sets = [(rows[:round(total * float(w))], w) for rows, w in sets]
-    return [row for rows, _ in sets for row in rows]
+        # by the file's name: the draw is the same whatever the other sets, and wherever it lies
+        random.Random(f"{seed} {Path(name).name}").shuffle(rows)
+        found += rows[:samples]
+    return found
 
 
 def held_out(prompt, fraction):

@@ -26,7 +26,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from common.cache import Rows, chunks, extend
+from common.cache import PathBatch, batches, encode_missing
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
 INSTRUCTION = {"math": "Solve step by step, with an empty line between steps. "
@@ -190,7 +190,7 @@ class Policy:
     def _generate(self, nodes, n, whole):
         if bad := next((node for node in nodes if node.end), None):
             raise ValueError(f"cannot continue a solution that has ended ({bad.end}): {bad.text!r}")
-        self.prefilled += extend(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
+        self.prefilled += encode_missing(self.model, self.name, nodes, lambda x: x.ids, self.max_batch_tokens)[0]
         groups = next_keys(nodes, n)
         jobs = [(node, key) for node, keys in groups for key in keys]  # one a sample
         limit = min(self.max_solution_tokens, self.max_step_tokens * (self.max_steps if whole else 1))
@@ -198,7 +198,7 @@ class Policy:
         def width(job):
             return sum(len(x.ids) for x in job[0].line()) + min(limit, 256)
         made = {}
-        for batch in chunks(jobs, width, self.max_batch_tokens):
+        for batch in batches(jobs, width, self.max_batch_tokens):
             for job, (ids, logps, kv) in zip(batch, self._sample_rows(batch, whole, limit)):
                 made[job] = self._nodes(job[0], job[1], ids, logps, kv, whole)
         return [[made[node, key] for key in keys] for node, keys in groups]
@@ -208,7 +208,7 @@ class Policy:
         device, head = self.model.device, self.lm.get_output_embeddings()
         parents = {}  # laid out once each, then repeated
         index = torch.tensor([parents.setdefault(node, len(parents)) for node, _ in batch], device=device)
-        rows = Rows(self.model, self.name, [p.line() for p in parents], room=min(limit, 64))
+        rows = PathBatch(self.model, self.name, [p.line() for p in parents], room=min(limit, 64))
         rows.keep(index)
         logits = head(torch.stack([p.hidden[self.name] for p in parents]))[index]
         keys = torch.tensor([key for _, key in batch], device=device)

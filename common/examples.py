@@ -1,0 +1,94 @@
+"""Labelled solutions as tensors: how train.py encodes, groups and batches them.
+
+Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
+"""
+import random
+from collections import namedtuple
+
+import torch
+import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+
+# One encoded solution. ids: its tokens. Of each labelled step: the position of its separator's last
+# token, the label y in [0, 1], its place t among the steps. where: file:line, for messages.
+Example = namedtuple("Example", "ids positions labels steps where")
+NONE = torch.zeros(0, dtype=torch.long)
+EMPTY = Example(torch.zeros(1, dtype=torch.long), NONE, NONE.float(), NONE, "")  # a zero gradient
+
+
+def encode_rows(prm, rows, max_length, mask_after_first_error=False):
+    """(where, stepwise row) pairs -> Examples, encoded as the PRM will read them when it scores.
+
+    What follows the last labelled step cannot change the loss and is cut off. Rows left without a
+    label (all beyond max_length tokens, or none known) are dropped: their mean loss would be NaN.
+    """
+    examples = []
+    for where, row in tqdm(rows, "encode", disable=None, leave=False):
+        ids, positions = prm.encode(row["prompt"], row["completions"])
+        labelled = []
+        for t, (position, y) in enumerate(zip(positions, row["labels"])):
+            if y is not None and position < max_length:
+                labelled.append((position, float(y), t))
+            if mask_after_first_error and y is not None and y < 0.5:
+                break  # the first error itself is learnt
+        if labelled:
+            positions, labels, steps = (torch.tensor(column) for column in zip(*labelled))
+            examples.append(Example(torch.tensor(ids[:positions[-1] + 1]), positions, labels, steps, where))
+    return examples
+
+
+def plan(lengths, group, batch_size, batch_tokens, seed=0, epoch=0):
+    """One epoch as optimizer steps, each a list of at most `group` micro-batches of row numbers.
+
+    Rows of similar length share a micro-batch: shuffle, sort each 32 micro-batches' worth of rows,
+    cut, shuffle the micro-batches. The plan is the same on every rank, and for every number of
+    ranks with the same group = ranks x accumulation.
+    """
+    rng = random.Random(f"{seed} {epoch}")
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    micros = []
+    for a in range(0, len(order), 32 * batch_size):
+        micros.append([])
+        for i in sorted(order[a:a + 32 * batch_size], key=lengths.__getitem__):
+            full = len(micros[-1]) == batch_size
+            if full or lengths[i] * (len(micros[-1]) + 1) > batch_tokens:
+                micros.append([])
+            micros[-1].append(i)
+    rng.shuffle(micros)
+    return [micros[a:a + group] for a in range(0, len(micros), group)]
+
+
+def get_batch(examples, numbers, device, multiple=1):
+    """Numbers of examples -> ids (B, T); of each labelled step its row, position, label, place (M).
+
+    T is rounded up to a multiple: bf16 matrix units want 8, and CPUs keep a kernel for each shape.
+    """
+    # a rank that has no micro-batch left in an epoch's last step takes part with a zero gradient
+    chosen = [examples[i] for i in numbers] or [EMPTY]
+    ids_BT = pad_sequence([example.ids for example in chosen], batch_first=True)
+    ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % multiple))
+    counts = torch.tensor([len(example.labels) for example in chosen])
+    rows_M = torch.arange(len(chosen)).repeat_interleave(counts)
+    positions_M = torch.cat([example.positions for example in chosen])
+    labels_M = torch.cat([example.labels for example in chosen])
+    steps_M = torch.cat([example.steps for example in chosen])
+    tensors = (ids_BT, rows_M, positions_M, labels_M, steps_M)
+    return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+def padded_tokens(lengths, multiple=1):
+    """Tokens of a micro-batch with padding, as get_batch() lays it out."""
+    return len(lengths) * -(-max(lengths) // multiple) * multiple if lengths else 0
+
+
+def label_text(tokenizer, example):
+    """What is trained on, for the eye: each token's text, behind a labelled one <label>."""
+    labels = dict(zip(example.positions.tolist(), example.labels.tolist()))
+    words = []
+    for i, token in enumerate(example.ids.tolist()):
+        words.append(repr(tokenizer.decode([token]))[1:-1])
+        if i in labels:
+            words.append(f"<{labels[i]:g}>\n")
+    return " ".join(words)
