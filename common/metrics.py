@@ -113,8 +113,8 @@ def paired(a, b):
 def bootstrap_counts(groups, rounds=1000, seed=0):
     """(1 + rounds, N) how often each of N values occurs in each bootstrap draw; row 0 is the data.
 
-    groups (N): (stratum, group) of each value. Within a stratum, as many groups as it has are drawn with
-    replacement, so that the values of a group stay together: groups are problems, strata are domains.
+    groups (N): (stratum, group) of each value. Within a stratum, as many groups as it has are drawn
+    with replacement: the values of a group stay together. Groups are problems, strata domains.
     """
     torch.manual_seed(seed)  # Multinomial takes no generator
     counts = torch.ones(1 + rounds, len(groups), dtype=torch.double)
@@ -126,15 +126,27 @@ def bootstrap_counts(groups, rounds=1000, seed=0):
     return counts
 
 
-def percentiles(values):
-    """[2.5 %, 97.5 %] of bootstrap values (R); NaNs, draws with nothing to average, are left out."""
-    return values.double().nanquantile(torch.tensor([0.025, 0.975]).double()).tolist()
+def intervals(rows, base):
+    """Bootstrap rows -> a table of their values and 95 % intervals.
+
+    rows: {name: (1 + R) values, of the data and of each draw}; base: (1 + R), or a number
+    returns {name: {"S", "interval", "difference" (to base), "difference_interval"}}. NaN is a draw
+    in which a set was empty: it is left out, and so is a row whose data is NaN.
+    """
+    ends, table = torch.tensor([0.025, 0.975], dtype=torch.double), {}
+    for name, values in rows.items():
+        minus = values - base  # draw by draw: both come from the same problems
+        if not values[0].isnan():
+            table[name] = {"S": float(values[0]), "interval": values[1:].nanquantile(ends).tolist(),
+                           "difference": float(minus[0]),
+                           "difference_interval": minus[1:].nanquantile(ends).tolist()}
+    return table
 
 
 # ---------------------------------------------------------------- sketches of very long vectors
 
 def random_signs(P, seed=0):
-    """P random signs, -1 or 1 (int8): sketches can be compared if they were made with the same ones."""
+    """P random signs, -1 or 1 (int8). Sketches can be compared if their signs were the same."""
     return torch.randint(0, 2, (P,), dtype=torch.int8,
                          generator=torch.Generator().manual_seed(seed)).mul_(2).sub_(1)
 
@@ -142,18 +154,19 @@ def random_signs(P, seed=0):
 def sketch(tensors, signs, D=65521):
     """D numbers (fp32) in place of a vector of P, which comes in pieces, tensors of any shapes.
 
-    Number j is the sum of all entries i with i mod D = j, each with its random sign. In the dot product
-    of two sketches the terms of different entries cancel on average: what is left is the vectors' own
-    dot product, up to an error of about 1 / sqrt(D) of their norms' product (feature hashing,
-    arXiv:0902.2206). D should be a prime, as 65,521: one that divides the width of a weight matrix
-    would put a whole heavy column on one number.
+    Number j is the sum of all entries i with i mod D = j, each with its random sign. In the dot
+    product of two sketches the terms of different entries cancel on average. What is left is the
+    vectors' own dot product, up to an error of about 1 / sqrt(D) of the product of their norms
+    (feature hashing, arXiv:0902.2206). D should be a prime, as 65,521: one that divides the width
+    of a weight matrix would put a whole heavy column on one number.
     """
     numbers, start = torch.zeros(D, device=signs.device), 0
     for x in tensors:
         signed = x.flatten() * signs[start:start + x.numel()]
-        rows = F.pad(signed, (0, -len(signed) % D)).view(-1, D)  # whole rows of D, the last filled up
-        numbers += rows.sum(0, dtype=torch.float).roll(start % D)  # the piece's first entry is i = start
-        start += len(signed)
+        end = start + len(signed)
+        # Zeros on both sides put entry i into column i mod D of whole rows.
+        numbers += F.pad(signed, (start % D, -end % D)).view(-1, D).sum(0, dtype=torch.float)
+        start = end
     return numbers
 
 

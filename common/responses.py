@@ -1,4 +1,4 @@
-"""The responses that similarity.py compares: files of them, their tokens, and how its table is printed."""
+"""The responses that similarity.py compares: files of them, their tokens, and the printed table."""
 import itertools
 import json
 from collections import namedtuple
@@ -27,15 +27,16 @@ def sets_of(domain, selected, correct):
 def read_sets(files, limit, separator):
     """Responses from JSONL files, of the first `limit` rows of each. Either
 
-    - four files, one for each of SETS, of stepwise rows ("prompt" and "completions"), of rows with a
-      "prompt" and a "response", or of sample rows (common/data.py), or
-    - one or two files of sample rows, whose "picked" is the index of the selected sample. The domain
-      is the file's place if there are two, and the row's "domain" if there is one.
+    - four files, one for each of SETS, of stepwise rows ("prompt" and "completions"), of rows with
+      a "prompt" and a "response", or of sample rows (common/data.py), or
+    - one or two files of sample rows, whose "picked" is the index of the selected sample. Two files
+      are math and code; in one file each row has its "domain".
 
     A malformed row is a ValueError with file and line.
     """
     responses = []
     for k, file in enumerate(files):
+        # islice: rows after the limit are not even read
         for number, row in itertools.islice(read_rows(file), limit):
             try:
                 responses += row_responses(row, k, len(files), separator)
@@ -47,7 +48,7 @@ def read_sets(files, limit, separator):
 
 def row_responses(row, k, files, separator):
     """The responses of one row of the k-th of `files` files."""
-    if "samples" in row:
+    if "samples" in row:  # a sample row
         question, samples = row["question"], row["samples"]
     else:
         question, samples = row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
@@ -59,7 +60,7 @@ def row_responses(row, k, files, separator):
     for i, sample in enumerate(samples):
         if not isinstance(sample["steps"], list):  # a text would be cut into its letters
             raise TypeError("a response must be a list of texts")
-        text = separator.join(sample["steps"])
+        text = separator.join(sample["steps"])  # a step that is no text is a TypeError here
         if not text.strip():
             raise ValueError("an empty response")
         if files == 4:  # the second and the fourth repeat some of the first and the third
@@ -69,29 +70,39 @@ def row_responses(row, k, files, separator):
         yield Response(domain, question, text, names)
 
 
+def need_sets(responses):
+    """ValueError if one of SETS is empty."""
+    # Before the gradients: without one of them there is no Table 2.
+    present = set().union(*(r.sets for r in responses))
+    if missing := [name for name in SETS if name not in present]:
+        raise ValueError("no responses in " + ", ".join(missing))
+
+
 def encode(policy, responses):
     """[(token ids, where the response starts)], and how many were cut at the end of the context."""
-    items, cut = [], 0
+    items, cut, context = [], 0, policy.context
     for r in responses:
-        prompt = list(policy.root("", r.question, r.domain).ids)  # the prompt that it would sample from
+        prompt = list(policy.root("", r.question, r.domain).ids)  # as the policy itself is asked
         ids = prompt + policy.tokenizer(r.text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(prompt) < min(policy.context, len(ids)):
-            raise ValueError(f"no prompt, or no token of the response in a context of {policy.context}: "
-                             f"{r.question[:50]!r}")
-        cut += len(ids) > policy.context
-        items.append((ids[:policy.context], len(prompt)))
+        if not 0 < len(prompt) < min(context, len(ids)):
+            raise ValueError("no prompt, or no token of the response in a context of "
+                             f"{context}: {r.question[:50]!r}")
+        cut += len(ids) > context
+        # What is cut has no A, but the rest of a long response still has a pattern.
+        items.append((ids[:context], len(prompt)))
     return items, cut
 
 
 def report(result, file=None):
     """Print the table; write all of the result to `file`, as JSON."""
-    print(f"problems {result['problems']}, responses {result['responses']}, "
-          f"{result['cut']} cut at the context's end")
+    model = result["args"]["model"] or result["args"]["policy"]
+    print(f"F = {model}, {result['weights']:,} weights. Problems {dict(result['problems'])}, "
+          f"responses {result['responses']}, {result['cut']} cut at the end of the context")
     print(f"{'pattern similarity':<38}S   95 % interval      minus S(Math, Code)")
     for name, x in result["table"].items():
         interval = "{:.2f} .. {:.2f}".format(*x["interval"])
         difference = "{:+.2f} .. {:+.2f}".format(*x["difference_interval"])
-        print(f"  {name:<30}{x['S']:>7.2f}   {interval:<17} {x['difference']:>+7.2f}   {difference}")
+        print(f"  {name:<30}{x['S']:>7.2f}   {interval:<17} {x['difference']:>+7.2f}  ", difference)
     print(f"{result['random_as_high']:.1%} of the random subsets reach S(Math_PRM, Code_PRM). "
           f"Largest error of the sketches on the four pairs: {result['sketch_error']:.3f}")
     if file:
