@@ -155,9 +155,9 @@ def table_2(responses, sums, sketches, seed, rounds=1000):
     pairs |= {name: (name, name) for name in ("correct only", "wrong only", SHUFFLED)}
     for name, (one, two) in pairs.items():
         values = S(counts * members(one), counts * members(two))
-        if one in SETS:  # the sums give S, the sketches no more than its spread around that
+        if one in SETS:  # S is of the sums, and its spread around that of the sketches
             errors.append(float(values[0] - exact[SETS.index(one), SETS.index(two)]))
-        rows[name] = values - errors[-1]  # of controls S(Math, Code)'s: errors are much the same
+        rows[name] = values - errors[-1]  # controls have no sums: the error of S(Math, Code), the last
     # The mean over random subsets is S(Math, Code), by bilinearity: their spread is what counts.
     drawn = random_subsets(responses, rounds, seed)
     null = S(drawn, drawn) - errors[-1]
@@ -165,7 +165,7 @@ def table_2(responses, sums, sketches, seed, rounds=1000):
     as_high = null >= rows["S(Math_PRM, Code_PRM)"][0]
     table = metrics.intervals(rows, rows["S(Math, Code)"]) | metrics.intervals(chance, exact[0, 2])
     return {"table": table, "responses": dict(zip(SETS, sizes.int().tolist())),
-            "problems": Counter(domain for domain, _ in set(problems)),
+            "problems": Counter(domain for domain, _ in dict.fromkeys(problems)),
             "sketch_error": max(map(abs, errors)), "random_as_high": float(as_high.double().mean())}
 
 

@@ -8,7 +8,7 @@ response costs here (vectors, sketch) against a plain forward and backward pass.
 --pairs pairs are timed, and multiplied.
 
 --memory runs similarity.py's own code on a model of that shape in fake tensors, which have sizes
-but no numbers, and counts the bytes that are alive at once: what a GPU must hold, with or without one.
+but no numbers, and counts the bytes that are alive at once: what a GPU must hold, if there is one.
 """
 import argparse
 import itertools

@@ -55,9 +55,9 @@ def test_A_by_hand():
 
 
 def test_S_by_hand():
-    """After token 1 the logits are (a, b): dF/da = p(0) = -dF/db, and A ~ (|a|, |b|) = (3, 4).
-    After token 0 they are (a, 0): b has no gradient, and A ~ (1, 0). The cosine of the two is 3/5."""
-    S = similarity.similarity(TwoWeights(-3.0, 4.0), [([1, 1], 1)], [([0, 1], 1)])
+    """After token 1 the logits are (a, b): dF/da = p(0) = -dF/db, and A ~ (|a|, |b|) ~ (3, 4).
+    After token 0 they are (a, 0): b has no gradient, and A ~ (1, 0). Their cosine is 3/5."""
+    S = similarity.similarity(TwoWeights(-0.3, 0.4), [([1, 1], 1)], [([0, 1], 1)])
     assert float(S) == pytest.approx(60)
 
 
