@@ -157,7 +157,7 @@ def table_2(responses, sums, sketches, seed, rounds=1000):
         values = S(counts * members(one), counts * members(two))
         if one in SETS:  # S is of the sums, and its spread around that of the sketches
             errors.append(float(values[0] - exact[SETS.index(one), SETS.index(two)]))
-        rows[name] = values - errors[-1]  # controls have no sums: the error of S(Math, Code), the last
+        rows[name] = values - errors[-1]  # of controls, which have no sums, S(Math, Code)'s
     # The mean over random subsets is S(Math, Code), by bilinearity: their spread is what counts.
     drawn = random_subsets(responses, rounds, seed)
     null = S(drawn, drawn) - errors[-1]
