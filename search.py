@@ -163,6 +163,10 @@ def pick(weights, keys=None):
     return keys.index(max(votes, key=votes.get)) if votes else 0
 
 
+def mode(answers, weights=None):  # a stand-in for the function of the search rewrite
+    return pick(weights or [1.0] * len(answers), answers)
+
+
 # ---------------------------------------------------------------- the driver
 
 @dataclass(eq=False)

@@ -6,9 +6,10 @@ import pytest
 from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
-FLOORS = [f"common.{x}" for x in "run data judge answers loaders tasks cache policy server metrics checkpoint".split()]
+COMMON = "run data judge answers loaders tasks cache policy server samples metrics checkpoint"
+FLOORS = [f"common.{x}" for x in COMMON.split()]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
-FLOORS += ["paper.label_noise", "paper.bars", "tiny.make"]
+FLOORS += ["paper.label_noise", "paper.bars", "paper.figures", "tiny.make"]
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in FLOORS]
 SCRIPTS = sorted(f for folder in (".", "tiny", "paper", "common", "benchmarks") for f in (ROOT / folder).glob("*.py")
                  if 'if __name__ == "' in f.read_text())
