@@ -28,12 +28,10 @@ from pathlib import Path
 import torch
 
 import search
-from common import tasks
-from common.data import first_wrong, read_set
 from common.metrics import auc_pairs, interval, paired
 from common.policy import add_policy_flags
 from common.run import TINY, add_run_flags, check_run_flags, command_line, gather, journaled
-from common.samples import Bench, read_samples
+from common.samples import Bench, has_scores, read_first_errors, read_samples
 from prm_model import AGGREGATIONS, aggregate, load_prm
 from search import by_domain
 
@@ -50,6 +48,7 @@ def prm_at(row, n, how="prod"):
     reward, M = rewards(row, how), len(row["samples"])
     order = sorted(range(M), key=lambda i: -reward[i])  # stable: ties go to the first
     y = [row["samples"][i]["correct"] for i in order]
+    # C(m, N-1) is 0 for m < N - 1: a sample that low is never the best of N
     return sum(y[r] * math.comb(M - 1 - r, n - 1) for r in range(M)) / math.comb(M, n)
 
 
@@ -61,6 +60,7 @@ def pass_at(row, n):
         pass@N = 1 - C(M-c, N) / C(M, N)
     """
     y = [s["correct"] for s in row["samples"]]
+    # the subsets without a right sample are drawn from the M - c wrong ones
     return 1 - math.comb(len(y) - sum(y), n) / math.comb(len(y), n)
 
 
@@ -77,9 +77,9 @@ def maj_at(row, n, how=None, rounds=64):
     def right(subset):  # in sampling order: ties go to the first
         chosen = search.mode([answers[i] for i in subset], [weights[i] for i in subset])
         return y[subset[chosen]]
-    if n == M:
+    if n == M:  # one subset only
         return float(right(range(M)))
-    if n == 1:
+    if n == 1:  # a vote of one: a single sample
         return statistics.fmean(y)
     rng = random.Random(f"{row['id']} {n}")
     return statistics.fmean(right(sorted(rng.sample(range(M), n))) for _ in range(rounds))
@@ -94,7 +94,8 @@ def rewards(row, how):
 def at_budget(row, tokens, how="prod"):
     """Best-of-N with as many samples as fit into `tokens` (one at least): search's rival."""
     spent = itertools.accumulate(s["tokens"] for s in row["samples"])
-    reward = rewards(row, how)[:max(1, sum(total <= tokens for total in spent))]
+    n = max(1, sum(total <= tokens for total in spent))
+    reward = rewards(row, how)[:n]
     return float(row["samples"][reward.index(max(reward))]["correct"])
 
 
@@ -122,7 +123,7 @@ def first_error_figures(solutions, threshold):
     F1         harmonic mean of the two (ProcessBench, arXiv 2412.06559); None if one kind is absent
     step ...   precision, recall and F1 of the wrong class, and AUC, over single steps
     """
-    hits, p, right = {True: [], False: []}, [], []
+    hits, p, right = {True: [], False: []}, [], []  # hits of the erroneous, and of the correct
     for scores, y in solutions:
         called = next((t for t, x in enumerate(scores) if x < threshold), -1)
         hits[y >= 0].append(called == y)
@@ -130,10 +131,11 @@ def first_error_figures(solutions, threshold):
         p += [scores[t] for t in labelled]
         right += [t != y for t in labelled]
     erroneous, correct = (statistics.fmean(x) if x else 0.0 for x in hits.values())
+    # single steps: a wrong step that is flagged is a true positive
     p, right = torch.tensor(p, dtype=torch.float64), torch.tensor(right)
     flagged = p < threshold
-    found = int((flagged & ~right).sum())
-    precision, recall = found / max(1, int(flagged.sum())), found / max(1, int((~right).sum()))
+    true = int((flagged & ~right).sum())
+    precision, recall = true / max(1, int(flagged.sum())), true / max(1, int((~right).sum()))
     u, pairs = auc_pairs(p, right)
     f1 = statistics.harmonic_mean([erroneous, correct])
     return {"threshold": threshold, "erroneous": erroneous, "correct": correct,
@@ -141,17 +143,6 @@ def first_error_figures(solutions, threshold):
             "step precision": precision, "step recall": recall,
             "step F1": statistics.harmonic_mean([precision, recall]),
             "step AUC": u / pairs if pairs else None, "solutions": len(solutions), "steps": len(p)}
-
-
-def read_first_errors(args):
-    """[(question, steps, first wrong step or -1)] of ProcessBench or of stepwise rows."""
-    if args.first_error in tasks.TASKS:
-        problems = tasks.load(args.first_error, args.data, args.split, args.limit)
-        if any("label" not in p.meta for p in problems):
-            raise ValueError(f"--first-error {args.first_error}: rows without a first error")
-        return [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
-    rows = itertools.islice(read_set(args.first_error), args.limit)
-    return [(r["prompt"], r["completions"], first_wrong(r["labels"])) for _, r in rows]
 
 
 def first_error(bench, args):
@@ -174,14 +165,17 @@ def first_error(bench, args):
     choose, test = halves
     if not choose or not test:
         raise ValueError(f"{args.first_error}: {len(items)} solutions are too few to split")
+    # F1 needs erroneous and correct solutions
     key = "F1" if len({y >= 0 for _, _, y in items}) == 2 else "step F1"
 
-    def value(solutions, threshold):
+    def value(solutions, threshold):  # None, where a draw has solutions of one kind only, is 0
         return first_error_figures(solutions, threshold)[key] or 0.0
     best = max((t / 50 for t in range(1, 50)), key=partial(value, choose))
     _, low, high = interval([*problems.values()], lambda some: value(sum(some, []), best), 200)
-    rng = random.Random(0)  # the chance level: p uniform in (0, 1) on the same solutions
-    guesses = [([rng.random() for _ in scores], y) for scores, y in test]
+    # the chance level: p uniform in (0, 1) on the same solutions
+    rng, guesses = random.Random(0), []
+    for scores, y in test:
+        guesses.append(([rng.random() for _ in scores], y))
     return first_error_figures(test, best) | {
         f"{key} low": low, f"{key} high": high,
         f"{key} of chance": first_error_figures(guesses, 0.5)[key]}
@@ -197,16 +191,18 @@ def report(rows, names):
               f"mean over subsets of N\n{'N':<22}" + "".join(f"{n:>18}" for n in ns))
         values, out[domain] = {}, {"paired": []}
         for name in names:
-            function, title = metric(name)
-            values[name] = {n: [function(row, n) for row in some] for n in ns}
-            spread = {n: interval(values[name][n]) for n in ns}
-            out[domain][name] = {n: dict(zip(("value", "low", "high"), s))
-                                 for n, s in spread.items()}
-            print(f"{title.format('N'):<22}" + "".join(
-                f"{v:>6.3f} [{low:.2f}, {high:.2f}]" for v, low, high in spread.values()))
+            (function, title), out[domain][name] = metric(name), {}
+            line = f"{title.format('N'):<22}"
+            for n in ns:
+                values[name, n] = [function(row, n) for row in some]  # one a problem
+                v, low, high = interval(values[name, n])
+                line += f"{v:>6.3f} [{low:.2f}, {high:.2f}]"
+                out[domain][name][n] = {"value": v, "low": low, "high": high}
+            print(line)
         best, most = names[0], ns[-1]
+        # best-of-N against the vote and a single sample; without a PRM there is nothing to compare
         for other, n in [("maj", most), ("pass", 1)] if best != "maj" else []:
-            d, se, z = paired(values[best][most], values[other][n])
+            d, se, z = paired(values[best, most], values[other, n])
             rival = "single" if n == 1 else f"{other}@{n}"
             print(f"{metric(best)[1].format(most)} - {rival}: {difference(d, se, z)}")
             out[domain]["paired"].append(
@@ -223,6 +219,7 @@ def run_searches(bench, args, pool):
     out, made, prm = {}, {"best_of_n": pool}, args.prm[0]
     for strategy in [x for x in args.strategies if x in ("beam", "mcts")]:
         made[strategy] = bench.run(strategy, args.policy, prm)
+        # problem by problem: best-of-N gets as many samples as this search's tokens buy
         rivals = by_domain(bench.same_tokens(pool, args.policy, prm, made[strategy]))
         out[strategy] = {}
         for domain, rows in by_domain(made[strategy]).items() if bench.rank == 0 else ():
@@ -232,11 +229,12 @@ def run_searches(bench, args, pool):
             (v, low, high), (d, se, z) = interval(right), paired(right, same)
             print(f"\n{domain}, {strategy}: {v:.3f} [{low:.2f}, {high:.2f}]; above best-of-N at "
                   f"the same tokens: {difference(d, se, z)}")
-            out[strategy][domain] = {"value": v, "low": low, "high": high,
-                                     "above_best_of_n": d, "se": se, "z": z}
+            out[strategy][domain] = {"value": v, "low": low, "high": high, "above_best_of_n": d,
+                                     "se": se, "z": z}
     for name, rows in made.items() if bench.rank == 0 else ():
-        cost = {key: statistics.fmean(r["cost"][key] for r in rows) for key in rows[0]["cost"]}
-        out.setdefault("cost", {})[name] = cost
+        cost = out.setdefault("cost", {})[name] = {}
+        for key in rows[0]["cost"]:  # generated and prefilled tokens, tokens of the PRM, seconds
+            cost[key] = statistics.fmean(r["cost"][key] for r in rows)
         print(f"{name}, a problem: " + ", ".join(f"{key} {x:.4g}" for key, x in cost.items()))
     return out
 
@@ -251,28 +249,28 @@ def parse(argv):
       help="beam and mcts are run; the others come from the same samples in any case")
     add_run_flags(parser, limit=100)
     args, rest = parser.parse_known_args(argv)
-    others = command_line(__doc__)  # how to sample and to search
+    others = command_line(__doc__)  # the rest says how to sample and to search, as for search.py
     search.add_search_flags(others)
     add_policy_flags(others, str(TINY / "A"))
     return check(parser, others.parse_args(rest, args))
 
 
 def check(parser, args):
+    """What evaluate.py and paper/figures.py check of their flags."""
     args.out = args.out or "runs/evaluate"
     args.resume = args.resume or not args.overwrite  # the folder grows
     check_run_flags(parser, args, "n", "k", "m", "simulations", "concurrent")
-    args.tokens = args.seconds = math.inf
+    args.tokens = args.seconds = math.inf  # no budget but --n, --simulations ...
     args.seeds = getattr(args, "seeds", [0])
     if len(args.prm) > 1:
-        parser.error("--prm takes one PRM here: search.py combines several, "
-                     "paper.figures compares them (--prms)")
+        parser.error("--prm takes one PRM: search.py combines, paper.figures compares several")
     return parser, args
 
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--exhibit" in argv:  # a door to §4
-        from paper import figures
+        from paper import figures  # which imports this file
         at = argv.index("--exhibit")
         return figures.main([*argv[at + 1:at + 2], *argv[:at], *argv[at + 2:]])
     parser, args = parse(argv)
@@ -290,8 +288,8 @@ def main(argv=None):
                 rows = read_samples(args.samples)
                 if args.score:
                     rows = bench.scored(rows, args.samples, args.prm[0])
-                elif any(s["scores"] is None for r in rows for s in r["samples"]):
-                    names = ["maj", "pass"]
+                elif not all(map(has_scores, rows)):
+                    names = ["maj", "pass"]  # the metrics that need no PRM
             else:
                 rows = bench.run("best_of_n", args.policy, args.prm[0])
             if bench.rank == 0:

@@ -5,13 +5,13 @@ the settings that its rows depend on stand beside it (.flags), and rows of other
 refused, not mixed.
 """
 import argparse
-import itertools
 import re
 from functools import cached_property
+from itertools import chain, islice
 from pathlib import Path
 
 from common import tasks
-from common.data import read_rows
+from common.data import first_wrong, read_rows, read_set
 from common.loaders import own_row
 from common.policy import load_policy_flags
 from common.run import distributed, gather, journaled, same_flags
@@ -61,6 +61,22 @@ def read_samples(file):
     return rows
 
 
+def has_scores(row):
+    return all(s["scores"] is not None for s in row["samples"])
+
+
+def read_first_errors(args):
+    """[(question, steps, first wrong step or -1)] of ProcessBench or of stepwise rows."""
+    if args.first_error in tasks.TASKS:  # processbench has a label -1 .. T-1
+        problems = tasks.load(args.first_error, args.data, args.split, args.limit)
+        if any("label" not in p.meta for p in problems):
+            raise ValueError(f"--first-error {args.first_error}: rows without a first error")
+        return [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
+    rows = islice(read_set(args.first_error), args.limit)
+    # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
+    return [(r["prompt"], r["completions"], first_wrong(r["labels"])) for _, r in rows]
+
+
 # ---------------------------------------------------------------- ours, made once
 
 def name_of(path):
@@ -73,7 +89,8 @@ def written(path):
     again under the same name is another."""
     path = Path(path)
     files = [path, *sorted(path.glob("*.safetensors"))]
-    return [str(path), *(f.stat().st_mtime_ns for f in files if f.is_file())]
+    name = path.resolve() if path.exists() else path  # a hub id stays as it is
+    return [str(name), *(f.stat().st_mtime_ns for f in files if f.is_file())]
 
 
 class Once:
@@ -158,10 +175,13 @@ class Bench:
         """
         args = argparse.Namespace(**{**vars(self.args), **options})
         settings = {name: vars(args).get(name) for name in self.SEARCHES[strategy]}
-        size = {"best_of_n": args.n, "beam": f"{args.k}x{args.m}", "mcts": args.simulations}[strategy]
+        size = {"best_of_n": args.n, "beam": f"{args.k}x{args.m}",
+                "mcts": args.simulations}[strategy]
         problems, prms = self.problems, [prm] if prm else []
         settings |= {"policy": written(policy), "prm": [written(p) for p in prms],
-                     "aggregate": args.aggregate if prm else None}
+                     # the sample that is picked depends on them, the samples do not
+                     "aggregate": args.aggregate if prm else None,
+                     "weighted": vars(args).get("weighted") if prm else None}
 
         def key(p):  # a row for each budget that was ever asked for
             return f"{p.id} {budgets[p.id]}" if budgets else p.id
@@ -180,29 +200,38 @@ class Bench:
     def same_tokens(self, pool, policy, prm, *searches):
         """The pool, with more samples until each problem has cost what its dearest search did."""
         dearest, short = {}, {}
-        for row in itertools.chain(*searches):
+        for row in chain(*searches):
             tokens = max(1, row["cost"]["policy_generated"])
             dearest[row["id"]] = max(tokens, dearest.get(row["id"], 0))
         for row in pool:
             if sum(s["tokens"] for s in row["samples"]) < dearest[row["id"]]:
                 short[row["id"]] = dearest[row["id"]]
         extended = {row["id"]: row for row in self.run("best_of_n", policy, prm, budgets=short)}
-        return [extended.get(f"{r['id']} {short.get(r['id'])}", r) for r in pool]
+        rows = []
+        for row in pool:
+            longer = extended.get(f"{row['id']} {short.get(row['id'])}", row)
+            rows.append({**longer, "id": row["id"]})
+        return rows
 
     def scored(self, pool, policy, prm):
         """The pool's rows with another PRM's scores. policy: whose samples, or the file of them."""
         def make(some):
-            solutions = [(r["question"], tuple(s["steps"])) for r in some for s in r["samples"]]
-            distinct = list(dict.fromkeys(solutions))  # equal samples are scored once
+            distinct = {}  # equal samples are scored once
+            for row in some:
+                for s in row["samples"]:
+                    distinct[row["question"], tuple(s["steps"])] = None
             p = dict(zip(distinct, self.prm(prm).score(*zip(*distinct))))
-            scores = iter([p[solution] for solution in solutions])
-            return [{"id": r["id"], "scores": [next(scores) for _ in r["samples"]]} for r in some]
+            rows = []
+            for row in some:
+                scores = [p[row["question"], tuple(s["steps"])] for s in row["samples"]]
+                rows.append({"id": row["id"], "scores": scores})
+            return rows
         n = len(pool[0]["samples"])
         scores = self.once.rows(
             f"scores-{n}-{name_of(policy)}-{name_of(prm)}",
             {"policy": written(policy), "prm": written(prm), "n": n}, pool, make)
-        rows = [{**r, "samples": [dict(s) for s in r["samples"]]} for r in pool]
-        for row, new in zip(rows, scores, strict=True):
-            for sample, p in zip(row["samples"], new["scores"], strict=True):
-                sample["scores"] = p
+        rows = []
+        for row, new in zip(pool, scores, strict=True):
+            pairs = zip(row["samples"], new["scores"], strict=True)
+            rows.append({**row, "samples": [{**s, "scores": p} for s, p in pairs]})
         return rows

@@ -24,7 +24,9 @@ def write_table(name, points, out, x_label, _, y_label):
     if not points:
         raise ValueError(f"{name}: there is nothing to draw")
     (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    more = dict.fromkeys(key for p in points for key in p)
+    more = {}  # further columns, in order; a dict, for a set has none
+    for p in points:
+        more |= dict.fromkeys(p)
     more = [key for key in more if key not in ("series", "x", "value", "low", "high")]
     table = ["| " + " | ".join(["", x_label, y_label, "95 %", *more]) + " |",
              "|---" * (4 + len(more)) + "|"]
@@ -80,7 +82,7 @@ def draw(name, points, out, title, x_label, scale, y_label):
             for line, own in lines.items():
                 draw_line(ax, line, sorted(own, key=lambda p: p["x"]), colour(line, others))
             ax.set(title=panel, xlabel=x_label, ylabel=PANEL_LABELS.get(panel, y_label))
-            scale_x(ax, scale, [p["x"] for own in lines.values() for p in own])
+            scale_x(ax, scale, [p["x"] for p in sum(lines.values(), [])])
         if {"math", "code"} <= panels.keys():
             axes[1].sharey(axes[0])
             axes[0].autoscale(axis="y")
@@ -142,6 +144,17 @@ def scale_x(ax, scale, x):
     ax.xaxis.set_minor_locator(NullLocator())
 
 
+def spread(heights, gap, high):
+    """Heights in ascending order -> the same, at least a gap apart and none above high."""
+    heights = list(heights)
+    for i in range(1, len(heights)):  # up from the lowest,
+        heights[i] = max(heights[i], heights[i - 1] + gap)
+    heights[-1] = min(heights[-1], high)
+    for i in reversed(range(len(heights) - 1)):  # and down again from the top
+        heights[i] = min(heights[i], heights[i + 1] - gap)
+    return heights
+
+
 def name_lines(ax, lines, others):
     """Each line's name right of the axes at the height of its end, pushed apart where they meet."""
     low, high = ax.get_ylim()
@@ -150,12 +163,7 @@ def name_lines(ax, lines, others):
         last = max(points, key=lambda p: p["x"])
         ends.append((last["value"], last["x"], line))
     ends.sort()
-    heights = [y for y, _, _ in ends]
-    for i in range(1, len(heights)):  # up from the lowest,
-        heights[i] = max(heights[i], heights[i - 1] + gap)
-    heights[-1] = min(heights[-1], high)
-    for i in reversed(range(len(heights) - 1)):  # and down again from the top
-        heights[i] = min(heights[i], heights[i + 1] - gap)
+    heights = spread([y for y, _, _ in ends], gap, high)
     for (y, x, line), height in zip(ends, heights):
         tint = colour(line, others)
         text = line.replace(", corrected", "").replace(", not corrected", " (not)")

@@ -1,4 +1,4 @@
-"""The exhibits of §4: Figures 1 to 6 (7 is 1 on another --task), Table 1, and training curves.
+"""The exhibits of §4: Figures 1 to 6 (7 is 1 on another --task), Table 1, training curves.
 
     python -m paper.figures fig4 --limit 500 --seeds 0 1 2
     torchrun --nproc_per_node=8 -m paper.figures fig1 --prms xs=runs/prm-xs s=runs/prm-s ...
@@ -215,7 +215,8 @@ def fig6(bench, args):
         row, scores, _, steps = max(noticed, key=lambda x: max(x[1]) - min(x[1]))
         if bench.rank == 0:
             print(f"\n{label} notices {len(noticed)} of {corrections} mistakes that are corrected "
-                  f"with success, as in\n{row['question']}", *map(coloured, steps, scores), sep="\n")
+                  f"with success, as in\n{row['question']}")
+            print(*map(coloured, steps, scores), sep="\n")
         for kind, group in groups.items():
             for domain in by_domain(pool):
                 points += around(f"{domain}, {label}, {kind}",

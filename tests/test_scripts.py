@@ -9,7 +9,7 @@ from conftest import ROOT
 COMMON = "run data judge answers loaders tasks cache policy server samples metrics checkpoint"
 FLOORS = [f"common.{x}" for x in COMMON.split()]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
-FLOORS += ["paper.label_noise", "paper.bars", "paper.figures", "tiny.make"]
+FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.figures", "tiny.make"]
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in FLOORS]
 SCRIPTS = sorted(f for folder in (".", "tiny", "paper", "common", "benchmarks") for f in (ROOT / folder).glob("*.py")
                  if 'if __name__ == "' in f.read_text())
