@@ -8,7 +8,6 @@
     python evaluate.py --exhibit fig4 --limit 500    # the same as python -m paper.figures fig4 ...
 
 Models, problems and the settings of the searches are flags of search.py (python search.py --help).
-
 Intervals are 95 % over problems; differences are paired over problems. Rows are made once: --out
 is a folder of files named by what they hold (best_of_n-16-tiny-A-tiny-prm.jsonl), each with its
 settings beside it (.flags). Rows of other settings are refused; --overwrite makes them again.
@@ -33,7 +32,6 @@ from common.policy import add_policy_flags
 from common.run import TINY, add_run_flags, check_run_flags, command_line, gather, journaled
 from common.samples import Bench, has_scores, read_first_errors, read_samples
 from prm_model import AGGREGATIONS, aggregate, load_prm
-from search import by_domain
 
 # ------------------------------------------------ metrics at N, of one problem with M samples
 
@@ -77,7 +75,7 @@ def maj_at(row, n, how=None, rounds=64):
     def right(subset):  # in sampling order: ties go to the first
         chosen = search.mode([answers[i] for i in subset], [weights[i] for i in subset])
         return y[subset[chosen]]
-    if n == M:  # one subset only
+    if n == M:
         return float(right(range(M)))
     if n == 1:  # a vote of one: a single sample
         return statistics.fmean(y)
@@ -137,9 +135,8 @@ def first_error_figures(solutions, threshold):
     true = int((flagged & ~right).sum())
     precision, recall = true / max(1, int(flagged.sum())), true / max(1, int((~right).sum()))
     u, pairs = auc_pairs(p, right)
-    f1 = statistics.harmonic_mean([erroneous, correct])
-    return {"threshold": threshold, "erroneous": erroneous, "correct": correct,
-            "F1": f1 if all(hits.values()) else None,
+    f1 = statistics.harmonic_mean([erroneous, correct]) if all(hits.values()) else None
+    return {"threshold": threshold, "erroneous": erroneous, "correct": correct, "F1": f1,
             "step precision": precision, "step recall": recall,
             "step F1": statistics.harmonic_mean([precision, recall]),
             "step AUC": u / pairs if pairs else None, "solutions": len(solutions), "steps": len(p)}
@@ -149,20 +146,19 @@ def first_error(bench, args):
     """Figures on one half of the solutions, at the threshold that is best on the other half."""
     items = read_first_errors(args)
 
-    def score(some):
-        questions, solutions = [items[i][0] for i in some], [items[i][1] for i in some]
+    def score(numbers):
+        questions, solutions, _ = zip(*(items[i] for i in numbers))
         scores = bench.prm(args.prm[0]).score(questions, solutions)
-        return [{"id": i, "scores": p} for i, p in zip(some, scores)]
+        return [{"id": i, "scores": p} for i, p in zip(numbers, scores)]
     rows = gather(journaled(None, range(len(items)), score, names=lambda i: [i],
                             chunk=args.concurrent, desc="first-error"))[0]
-    halves, problems = ([], []), {}
+    choose, test, problems = [], [], {}
     for row, (question, _, y) in zip(rows, items):
         # a hash of the question decides: solutions of one problem stay together
         side = hashlib.blake2b(question.encode()).digest()[0] % 2
-        halves[side].append((row["scores"], y))
-        if side == 1:
+        (test if side else choose).append((row["scores"], y))
+        if side:
             problems.setdefault(question, []).append((row["scores"], y))
-    choose, test = halves
     if not choose or not test:
         raise ValueError(f"{args.first_error}: {len(items)} solutions are too few to split")
     # F1 needs erroneous and correct solutions
@@ -171,14 +167,14 @@ def first_error(bench, args):
     def value(solutions, threshold):  # None, where a draw has solutions of one kind only, is 0
         return first_error_figures(solutions, threshold)[key] or 0.0
     best = max((t / 50 for t in range(1, 50)), key=partial(value, choose))
-    _, low, high = interval([*problems.values()], lambda some: value(sum(some, []), best), 200)
+    _, low, high = interval([*problems.values()], lambda drawn: value(sum(drawn, []), best), 200)
     # the chance level: p uniform in (0, 1) on the same solutions
     rng, guesses = random.Random(0), []
     for scores, y in test:
         guesses.append(([rng.random() for _ in scores], y))
+    chance = first_error_figures(guesses, 0.5)[key]
     return first_error_figures(test, best) | {
-        f"{key} low": low, f"{key} high": high,
-        f"{key} of chance": first_error_figures(guesses, 0.5)[key]}
+        f"{key} low": low, f"{key} high": high, f"{key} of chance": chance}
 
 
 # ------------------------------------------------ the report
@@ -186,15 +182,15 @@ def first_error(bench, args):
 def report(rows, names):
     """Print the metrics of each domain; returns what --json writes of them."""
     ns, out = powers(min(len(r["samples"]) for r in rows)), {}
-    for domain, some in by_domain(rows).items():
-        print(f"\n{domain}: {len(some)} problems, {len(some[0]['samples'])} samples each, "
+    for domain, problems in search.by_domain(rows).items():
+        print(f"\n{domain}: {len(problems)} problems, {len(problems[0]['samples'])} samples each, "
               f"mean over subsets of N\n{'N':<22}" + "".join(f"{n:>18}" for n in ns))
         values, out[domain] = {}, {"paired": []}
         for name in names:
             (function, title), out[domain][name] = metric(name), {}
             line = f"{title.format('N'):<22}"
             for n in ns:
-                values[name, n] = [function(row, n) for row in some]  # one a problem
+                values[name, n] = [function(row, n) for row in problems]  # one a problem
                 v, low, high = interval(values[name, n])
                 line += f"{v:>6.3f} [{low:.2f}, {high:.2f}]"
                 out[domain][name][n] = {"value": v, "low": low, "high": high}
@@ -205,8 +201,8 @@ def report(rows, names):
             d, se, z = paired(values[best, most], values[other, n])
             rival = "single" if n == 1 else f"{other}@{n}"
             print(f"{metric(best)[1].format(most)} - {rival}: {difference(d, se, z)}")
-            out[domain]["paired"].append(
-                {"a": best, "b": other, "N": n, "difference": d, "se": se, "z": z})
+            out[domain]["paired"] += [{"a": best, "b": other, "N": n, "difference": d, "se": se,
+                                       "z": z}]
     return out
 
 
@@ -216,13 +212,13 @@ def difference(mean, se, z):
 
 def run_searches(bench, args, pool):
     """Beam search and MCTS beside best-of-N at the same tokens, and what each costs a problem."""
-    out, made, prm = {}, {"best_of_n": pool}, args.prm[0]
+    out, searches, prm = {}, {"best_of_n": pool}, args.prm[0]
     for strategy in [x for x in args.strategies if x in ("beam", "mcts")]:
-        made[strategy] = bench.run(strategy, args.policy, prm)
+        searches[strategy] = bench.run(strategy, args.policy, prm)
         # problem by problem: best-of-N gets as many samples as this search's tokens buy
-        rivals = by_domain(bench.same_tokens(pool, args.policy, prm, made[strategy]))
+        rivals = search.by_domain(bench.same_tokens(pool, args.policy, prm, searches[strategy]))
         out[strategy] = {}
-        for domain, rows in by_domain(made[strategy]).items() if bench.rank == 0 else ():
+        for domain, rows in search.by_domain(searches[strategy]).items() if bench.rank == 0 else ():
             right = [search.right(r, r["picked"]) for r in rows]
             same = [at_budget(rival, row["cost"]["policy_generated"], args.aggregate)
                     for rival, row in zip(rivals[domain], rows)]
@@ -231,7 +227,7 @@ def run_searches(bench, args, pool):
                   f"the same tokens: {difference(d, se, z)}")
             out[strategy][domain] = {"value": v, "low": low, "high": high, "above_best_of_n": d,
                                      "se": se, "z": z}
-    for name, rows in made.items() if bench.rank == 0 else ():
+    for name, rows in searches.items() if bench.rank == 0 else ():
         cost = out.setdefault("cost", {})[name] = {}
         for key in rows[0]["cost"]:  # generated and prefilled tokens, tokens of the PRM, seconds
             cost[key] = statistics.fmean(r["cost"][key] for r in rows)
@@ -274,8 +270,8 @@ def main(argv=None):
         at = argv.index("--exhibit")
         return figures.main([*argv[at + 1:at + 2], *argv[:at], *argv[at + 2:]])
     parser, args = parse(argv)
-    names = [f"prm by {how}" for how in dict.fromkeys([args.aggregate, *AGGREGATIONS])]
-    names += [f"wmaj by {args.aggregate}", "maj", "pass"]
+    how = dict.fromkeys([args.aggregate, *AGGREGATIONS])  # that of --aggregate first
+    names = [*map("prm by {}".format, how), f"wmaj by {args.aggregate}", "maj", "pass"]
     result = {"settings": {k: str(v) for k, v in vars(args).items()}}
     with parser:
         bench = Bench(parser, args, load_prm, search.solve)

@@ -1,4 +1,4 @@
-"""Sample rows: anybody's are read, checked and judged; ours are made once and kept in files.
+"""Sample rows: anybody's are read, checked and judged; ours are made once, in files.
 
 The format is in common/data.py. A file is named by what it holds, as in best_of_n-16-tiny-A.jsonl;
 the settings that its rows depend on stand beside it (.flags), and rows of other settings are
@@ -94,7 +94,7 @@ def written(path):
 
 
 class Once:
-    """The folder --out of rows that are made once."""
+    """The folder --out: a file of rows is made once, and continued after a kill."""
     SAMPLING = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens",
                 "separator", "policy_model", "chat_tokenizer", "dtype", "seed", "split")
 
@@ -102,7 +102,7 @@ class Once:
         self.parser, self.args, self.made = parser, args, set()
 
     def rows(self, name, settings, items, make, names=None):
-        """Rows of all items, from OUT/NAME.jsonl or by make(some items), over all ranks.
+        """Rows of all items, from OUT/NAME.jsonl or by make(items), over all ranks.
 
         settings: dict of what the rows depend on beside the sampling flags and --data. --task and
         --limit are none of it: a file may hold the rows of more problems than are asked for.
@@ -183,17 +183,17 @@ class Bench:
                      "aggregate": args.aggregate if prm else None,
                      "weighted": vars(args).get("weighted") if prm else None}
 
-        def key(p):  # a row for each budget that was ever asked for
+        def key(p):  # with the budget: another one makes another row
             return f"{p.id} {budgets[p.id]}" if budgets else p.id
         if budgets is not None:
             problems, size = [p for p in problems if p.id in budgets], "tokens"
             settings["n"] = None
 
-        def make(some):
-            limits = [budgets[p.id] for p in some] if budgets else None
-            _, rows = self.solve(some, strategy, self.policy(policy), [self.prm(p) for p in prms],
-                                 args, limits)
-            return [row | {"id": key(p)} for row, p in zip(rows, some)]
+        def make(problems):
+            limits = [budgets[p.id] for p in problems] if budgets else None
+            models = self.policy(policy), [self.prm(p) for p in prms]
+            _, rows = self.solve(problems, strategy, *models, args, limits)
+            return [row | {"id": key(p)} for row, p in zip(rows, problems)]
         name = "-".join([strategy, str(size), *map(name_of, [policy, *prms])])
         return self.once.rows(name, settings, problems, make, lambda p: [key(p)])
 
@@ -215,14 +215,14 @@ class Bench:
 
     def scored(self, pool, policy, prm):
         """The pool's rows with another PRM's scores. policy: whose samples, or the file of them."""
-        def make(some):
+        def make(batch):
             distinct = {}  # equal samples are scored once
-            for row in some:
+            for row in batch:
                 for s in row["samples"]:
                     distinct[row["question"], tuple(s["steps"])] = None
             p = dict(zip(distinct, self.prm(prm).score(*zip(*distinct))))
             rows = []
-            for row in some:
+            for row in batch:
                 scores = [p[row["question"], tuple(s["steps"])] for s in row["samples"]]
                 rows.append({"id": row["id"], "scores": scores})
             return rows

@@ -27,6 +27,7 @@ from common import tasks
 from common.metrics import auc_pairs, interval, paired
 from common.policy import load_policy_flags
 from common.run import command_line, need_folder
+from evaluate import pass_at
 from prm_model import AGGREGATIONS, aggregate, load_prm
 from tiny import world
 
@@ -98,9 +99,9 @@ def graded_steps(pool, raw):
 
 def policy_and_prm(pool, raw):
     """1 and 2: {name: (value, half an interval)}."""
-    correct = [[s["correct"] for s in r["samples"]] for r in pool]  # (problems, samples)
-    out = {"single": spread(list(map(statistics.fmean, correct))),
-           "majority@16": spread(right(pool, "vote")), "pass@16": spread(list(map(any, correct)))}
+    single = [pass_at(r, 1) for r in pool]
+    out = {"single": spread(single), "majority@16": spread(right(pool, "vote")),
+           "pass@16": spread([pass_at(r, 16) for r in pool])}
     steps, first = graded_steps(pool, raw)
 
     def at_place(x):

@@ -23,6 +23,7 @@ def write_table(name, points, out, x_label, _, y_label):
     """The points as OUT/NAME.jsonl, and as a Markdown table in OUT/NAME.md, which is returned."""
     if not points:
         raise ValueError(f"{name}: there is nothing to draw")
+    Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     more = {}  # further columns, in order; a dict, for a set has none
     for p in points:
@@ -43,7 +44,7 @@ def cell(value):
         return "{:+.3f} ({:+.3f} to {:+.3f})".format(*value)
     if isinstance(value, float):
         return f"{value:.3g}"
-    return "" if value is None else str(value)
+    return str(value) if value is not None else ""
 
 
 def panel_and_line(series):
@@ -51,7 +52,7 @@ def panel_and_line(series):
     panel, _, line = series.partition(", ")
     if panel in ("math", "code", "validation"):
         return panel, line
-    return ("loss" if line.endswith(" loss") else "figures of the validation set"), series
+    return ("loss" if line.endswith(" loss") else "validation set"), series
 
 
 def colour(line, others):
@@ -64,7 +65,7 @@ def colour(line, others):
 
 def draw(name, points, out, title, x_label, scale, y_label):
     """OUT/NAME.png and OUT/NAME.svg: a panel for math and one for code, and bands of 95 %."""
-    import matplotlib
+    import matplotlib  # slow to import, and --help needs none of it
     from matplotlib.figure import Figure
     panels = {}
     for p in points:
@@ -74,19 +75,19 @@ def draw(name, points, out, title, x_label, scale, y_label):
     panels = {panel: panels[panel] for panel in dict.fromkeys(order) if panel in panels}
     with matplotlib.rc_context(STYLE):
         figure = Figure((1.5 + 5 * len(panels), 5.8), layout="constrained")
-        figure.get_layout_engine().set(rect=(0, 0, 1, 0.85), wspace=0.04)
+        figure.get_layout_engine().set(rect=(0, 0, 1, 0.85), wspace=0.04)  # room for the title
         figure.text(0.01, 0.98, title, va="top", size=20, weight="bold")
         figure.text(0.01, 0.905, subtitle(points), va="top", color="#444444")
         axes, others = figure.subplots(1, len(panels), squeeze=False)[0], {}
         for (panel, lines), ax in zip(panels.items(), axes):
-            for line, own in lines.items():
-                draw_line(ax, line, sorted(own, key=lambda p: p["x"]), colour(line, others))
+            for line, dots in lines.items():
+                draw_line(ax, line, sorted(dots, key=lambda p: p["x"]), colour(line, others))
             ax.set(title=panel, xlabel=x_label, ylabel=PANEL_LABELS.get(panel, y_label))
             scale_x(ax, scale, [p["x"] for p in sum(lines.values(), [])])
         if {"math", "code"} <= panels.keys():
             axes[1].sharey(axes[0])
-            axes[0].autoscale(axis="y")
-        for (_, lines), ax in zip(panels.items(), axes):
+            axes[0].autoscale(axis="y")  # over the lines of both
+        for (_, lines), ax in zip(panels.items(), axes):  # once the limits of y are settled
             name_lines(ax, lines, others)
         figure.savefig(Path(out) / f"{name}.png", dpi=110)
         unsaid = dict.fromkeys(["Date", "Creator", "Format", "Type"])  # the same bytes every time
@@ -113,10 +114,14 @@ def subtitle(points):
 
 def draw_line(ax, line, points, colour):
     """One line with its band, and what is to be said at its points: a PRM, a beam's width."""
-    x, value, low, high = ([p[key] for p in points] for key in ("x", "value", "low", "high"))
+    keys = ("x", "value", "low", "high")
+    x, value, low, high = zip(*(map(p.get, keys) for p in points))
     dashed = DASHED.search(line)
-    ax.plot(x, value, "--" if dashed else "-", color=colour,
-            marker="" if dashed and len(set(value)) == 1 else "o")
+    style = {"color": colour, "linestyle": "--" if dashed else "-"}
+    if dashed and len(set(value)) == 1:  # a level, with no points to be read off
+        ax.axhline(value[0], **style)
+    else:
+        ax.plot(x, value, marker="o", **style)
     if high != low:
         ax.fill_between(x, low, high, alpha=0.12, color=colour, linewidth=0)
     for p in points:
@@ -131,7 +136,7 @@ def scale_x(ax, scale, x):
     if scale == "linear":
         return ax.set_xticks(sorted(set(x)))
     if scale == "powers":
-        ax.set_xscale("symlog", base=2, linthresh=1)
+        ax.set_xscale("symlog", base=2, linthresh=1)  # as log from 1 on, and with a place for 0
         ticks = [2 ** i for i in range(40) if min(x) * 0.99 <= 2 ** i <= max(x) * 1.01]
         ticks = ticks[::2] if len(ticks) > 7 else ticks
         ax.xaxis.set_major_locator(FixedLocator([0, *ticks] if min(x) < 1 else ticks))
@@ -158,7 +163,7 @@ def spread(heights, gap, high):
 def name_lines(ax, lines, others):
     """Each line's name right of the axes at the height of its end, pushed apart where they meet."""
     low, high = ax.get_ylim()
-    gap, ends = 0.062 * (high - low), []
+    gap, ends = 0.062 * (high - low), []  # a line of text is that high
     for line, points in lines.items():
         last = max(points, key=lambda p: p["x"])
         ends.append((last["value"], last["x"], line))

@@ -6,14 +6,14 @@
 fig1    accuracy against PRM size            --prms LABEL=FOLDER ... (folders of train.py)
 fig2    accuracy against training steps      --prms l=runs/prm (train.py --snapshots)
 fig3    prm@N against N for label sets       --prms PRM800K=... Math-Shepherd=... ASLAF=...
-fig4    accuracy against generated tokens, fig5 against seconds, of the four strategies
+fig4    accuracy against generated tokens; fig5 against seconds
 fig6    p_t around a self-correction, on average and in one solution (Figures 6 and 8)
 curves  losses and validation figures        --prms runs/prm
 table1  --task tiny-code --policies A=... B=... x majority, --prms Code=... Math=... (minus first)
 
-Written to --out: NAME.png, .svg, .md and the points as .jsonl. Samples, scores and searches are
-kept there, too, and shared by all exhibits: what is made is not made again. Intervals are 95 %,
-over problems, and over training runs where --prms has several folders with one label.
+Written to --out: NAME.png, .svg, .md and the points as .jsonl; beside them samples, scores and
+searches, which all exhibits share. Intervals are 95 %, over problems, and over training runs where
+--prms has several folders with one label.
 """
 import json
 import math
@@ -46,15 +46,13 @@ def point(series, x, *runs, **more):
             "problems": len(runs[0]), **more}
 
 
-def exact(series, x, value, **more):
-    """A point without an interval."""
+def exact(series, x, value, **more):  # a point without an interval
     return {"series": series, "x": x, "value": value, "low": value, "high": value, **more}
 
 
 def named(specs):
-    """["Math=runs/a", "Math=runs/b", "runs/c"] -> {"Math": ["runs/a", "runs/b"], "c": ["runs/c"]}:
-    one label for several training runs of a PRM (train.py --seed)."""
-    paths = {}
+    """["Math=x/a", "Math=x/b", "x/c"] -> {"Math": ["x/a", "x/b"], "c": ["x/c"]}"""
+    paths = {}  # one label for several training runs of a PRM (train.py --seed)
     for spec in specs:
         label, given, path = spec.partition("=")
         paths.setdefault(label if given else Path(label).name, []).append(path or label)
@@ -71,6 +69,7 @@ def training_log(prm):
 
 def prm_runs(bench, args, policy, pool, ns):
     """Yield (label, domain, N, one list of prm@N a training run) for each of --prms."""
+    # a PRM at a time: its scores of the pool are kept in --out
     for label, paths in named(args.prms).items():
         scored = [by_domain(bench.scored(pool, policy, path)) for path in paths]
         for domain in by_domain(pool):
@@ -93,10 +92,10 @@ def fig1(bench, args):
         prm = named(args.prms)[label][0]
         log = training_log(prm)
         start, end = log.get("start", [{}])[0], log.get("end", [{}])[-1]
+        # a PRM from elsewhere has no log: count its weights
         size = start.get("parameters") or sum(p.numel() for p in bench.prm(prm).parameters())
-        more = {}
-        if domain in before:
-            more["minus the one before"] = over_runs(runs, before[domain])
+        base = before.get(domain)  # of the label before
+        more = {"minus the one before": over_runs(runs, base)} if base else {}
         points.append(point(f"{domain}, prm@{n}", size, *runs, prm=label,
                             pretraining_flops=start.get("pretraining_flops"),
                             reward_flops=end.get("flops"), **more))
@@ -135,7 +134,7 @@ def fig3(bench, args):
     for domain, rows in by_domain(pool).items():
         points += [baseline(f"{domain}, majority", n, rows, n) for n in powers(args.n)]
     for label, domain, n, runs in prm_runs(bench, args, args.policy, pool, powers(args.n)):
-        base = first.setdefault((domain, n), runs)
+        base = first.setdefault((domain, n), runs)  # of the first label
         more = {"minus the first": over_runs(runs, base)} if runs is not base else {}
         points.append(point(f"{domain}, {label}", n, *runs, **more))
     return points
@@ -155,9 +154,10 @@ def fig4(bench, args, axis="tokens"):
 
     def cost(rows, judged=True):
         key = "policy_generated" if axis == "tokens" else "seconds"
-        unused = 0 if judged or axis == "tokens" else statistics.fmean(
-            r["cost"]["prm_seconds"] for r in rows)
-        return statistics.fmean(r["cost"][key] for r in rows) - unused
+        mean = statistics.fmean(r["cost"][key] for r in rows)
+        if judged or axis == "tokens":
+            return mean
+        return mean - statistics.fmean(r["cost"]["prm_seconds"] for r in rows)
 
     def above(rows, right, spent):  # best-of-N at the same tokens: nothing for seconds
         same = [at_budget(rivals[r["id"]], t, args.aggregate) for r, t in zip(rows, spent)]
@@ -166,19 +166,19 @@ def fig4(bench, args, axis="tokens"):
     points = []
     for domain, rows in by_domain(pool).items():
         for n in powers(args.n):
-            share = n / args.n
+            share = n / args.n  # of the pool, and so of its cost
             right = [prm_at(r, n, args.aggregate) for r in rows]
             points += [point(f"{domain}, best-of-N", cost(rows) * share, right, N=n),
                        baseline(f"{domain}, majority", cost(rows, False) * share, rows, n)
                        | {"N": n}]
-        for width, found in beams.items():
-            rows = by_domain(found)[domain]
+        for width, searches in beams.items():
+            rows = by_domain(searches)[domain]
             right = [search.right(r, r["picked"]) for r in rows]
             more = above(rows, right, [r["cost"]["policy_generated"] for r in rows])
             points.append(point(f"{domain}, beam", cost(rows), right, width=width, **more))
         rows = by_domain(trees)[domain]
         for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
-            limit = cost(rows) * share
+            limit = cost(rows) * share  # of each problem; at the end whatever it took
             right = [anytime(r, axis, limit if share < 1 else math.inf) for r in rows]
             spent = [r["cost"]["policy_generated"] if share == 1 else limit for r in rows]
             points.append(point(f"{domain}, MCTS", limit, right, **above(rows, right, spent)))
@@ -202,8 +202,9 @@ def fig6(bench, args):
         groups, corrections = {"corrected": [], "not corrected": []}, 0
         for row in bench.scored(pool, args.policy, prm):
             for s in row["samples"]:
-                says = first_phrase(s["steps"])
-                low = first_wrong(s["scores"]) + 1
+                # the first step that corrects itself; 0 if there is none: the first has no mistake
+                says = next((i for i, x in enumerate(s["steps"]) if PHRASES.search(x)), 0)
+                low = first_wrong(s["scores"]) + 1  # one past the first that the PRM calls wrong
                 corrections += bool(s["correct"] and says)
                 if s["correct"] and says and s["scores"][says - 1] < 0.5:
                     groups["corrected"].append((row, s["scores"], says, s["steps"]))
@@ -212,6 +213,7 @@ def fig6(bench, args):
         if not (noticed := groups["corrected"]):
             raise ValueError(f"{label} notices no mistake of {corrections} corrected ones: "
                              "raise --limit or --n")
+        # in full: the solution whose p moves most
         row, scores, _, steps = max(noticed, key=lambda x: max(x[1]) - min(x[1]))
         if bench.rank == 0:
             print(f"\n{label} notices {len(noticed)} of {corrections} mistakes that are corrected "
@@ -224,16 +226,11 @@ def fig6(bench, args):
     return points
 
 
-def first_phrase(steps):
-    """The first step with a phrase of self-correction; 0, for none: the first step has none."""
-    return next((i for i, step in enumerate(steps) if PHRASES.search(step)), 0)
-
-
 def around(series, group):
     """Points at -2 .. 3 steps from the one in question: the interval is over problems."""
     points = []
     for at in range(-2, 4):
-        p = {}
+        p = {}  # {problem: [p of the step]}
         for row, scores, i, _ in group:
             if 0 <= i + at < len(scores):
                 p.setdefault(row["id"], []).append(scores[i + at])
@@ -247,11 +244,12 @@ def table1(bench, args):
     """Policies x {single, majority, each PRM} on the code tasks: a row for each, as Markdown."""
     points = []
     for name, (policy, *_) in named(args.policies).items():
-        pool, first = by_domain(rows := bench.run("best_of_n", policy)), {}
-        for domain, own in pool.items():
-            points += [baseline(f"{name}, {domain}: single", 1, own, 1),
-                       baseline(f"{name}, {domain}: majority", args.n, own, args.n)]
-        for label, domain, _, runs in prm_runs(bench, args, policy, rows, [args.n]):
+        samples, first = bench.run("best_of_n", policy), {}
+        pool = by_domain(samples)
+        for domain, rows in pool.items():
+            points += [baseline(f"{name}, {domain}: single", 1, rows, 1),
+                       baseline(f"{name}, {domain}: majority", args.n, rows, args.n)]
+        for label, domain, _, runs in prm_runs(bench, args, policy, samples, [args.n]):
             single = [pass_at(r, 1) for r in pool[domain]]
             more = {"minus single": over_runs(runs, [single])}
             if first.setdefault(domain, runs) is not runs:
@@ -278,13 +276,13 @@ def curves(bench, args):
 
 # name: (function, title, x label, scale of x, y label)
 EXHIBITS = {
-    "fig1": (fig1, "Best-of-N against the size of the PRM", "parameters of the PRM", "decades",
-             "accuracy"),
-    "fig2": (fig2, "Best-of-N against the training of the PRM", "training steps", "powers",
-             "accuracy"),
+    "fig1": (fig1, "Best-of-N against the size of the PRM",
+             "parameters of the PRM", "decades", "accuracy"),
+    "fig2": (fig2, "Best-of-N against the training of the PRM",
+             "training steps", "powers", "accuracy"),
     "fig3": (fig3, "PRMs from different labels", "N", "powers", "accuracy of prm@N"),
-    "fig4": (fig4, "Search strategies at equal tokens", "generated tokens a problem", "powers",
-             "accuracy"),
+    "fig4": (fig4, "Search strategies at equal tokens",
+             "generated tokens a problem", "powers", "accuracy"),
     "fig5": (partial(fig4, axis="seconds"), "Search strategies at equal time",
              "seconds a problem", "decades", "accuracy"),
     "fig6": (fig6, "Does p rise where a mistake is corrected? (dashed: where it is not)",
@@ -298,14 +296,14 @@ def parse(argv):
     a = parser.add_argument
     a("exhibit", choices=EXHIBITS)
     a("--prms", nargs="+", default=[], help="LABEL=FOLDER ...; several training runs: one label")
-    a("--policies", nargs="+", default=[f"{x}={TINY / x}" for x in "ABC"],
-      help="table1: LABEL=FOLDER of the LLMs")
+    llms = [f"{x}={TINY / x}" for x in "ABC"]
+    a("--policies", nargs="+", default=llms, help="table1: LABEL=FOLDER of the LLMs")
     a("--widths", nargs="+", default=["1x4", "2x4", "4x4", "4x8"], help="fig4, fig5: beams KxM")
     a("--seeds", type=int, nargs="+", default=[0], help="sets of problems of the tiny world")
     search.add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
     add_run_flags(parser, limit=100)
-    parser, args = check(parser, parser.parse_args(argv))
+    check(parser, args := parser.parse_args(argv))
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", width) for width in args.widths):
         parser.error("--widths: KxM, as in 4x4")
     args.widths = [tuple(map(int, width.split("x"))) for width in args.widths]
@@ -326,9 +324,8 @@ def main(argv=None):
         if args.exhibit != "table1":
             draw(args.exhibit, points, args.out, title, *axes)
         if args.json:
-            settings = {k: str(v) for k, v in vars(args).items()}
-            Path(args.json).write_text(json.dumps({"settings": settings, "points": points},
-                                                  indent=1) + "\n")
+            result = {"settings": {k: str(v) for k, v in vars(args).items()}, "points": points}
+            Path(args.json).write_text(json.dumps(result, indent=1) + "\n")
         print(f"\nwritten: {args.out}/{args.exhibit}.*")
 
 
