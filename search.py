@@ -267,7 +267,7 @@ def add_search_flags(parser):
     """The flags that solve() reads; evaluate.py has them as well. Capitals: torchrun on Python
     before 3.12 takes --n for a flag of its own, even after the script's name."""
     a = parser.add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of common/tasks.py")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="of common/tasks.py: TASK or TASK:SPLIT")
     a("--data", help="local file instead of the hub")
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")

@@ -1,4 +1,6 @@
-"""Figures of merit: AUC and calibration of step probabilities, bootstrap intervals, FLOPs and peak memory."""
+"""Figures of merit: AUC and calibration of step probabilities, FLOPs and memory of training, and
+95 % intervals over problems (Wilson for shares, bootstrap for the rest).
+"""
 import random
 import re
 import resource
@@ -9,61 +11,74 @@ import torch
 from torch.distributions import Multinomial
 from torch.nn import functional as F
 
-# ---------------------------------------------------------------- how good its probabilities are
+# ---------------------------------------------------------------- how good the probabilities are
 
 def auc_pairs(p, right):
-    """(U, pairs): of all pairs of a right and a wrong step, how many rank the right one higher (ties count half)."""
+    """(U, pairs): of all pairs of a right and a wrong step, how many rank the right one higher.
+
+    Ties count half; AUC = U / pairs (Mann and Whitney 1947). p (M) floats, right (M) booleans.
+    """
     n1, n0 = int(right.sum()), int((~right).sum())
     _, inverse, counts = p.unique(return_inverse=True, return_counts=True)
-    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # from 1, ties share their mean rank
+    ranks = (counts.cumsum(0) - (counts.double() - 1) / 2)[inverse]  # ties share a mean rank
     return float(ranks[right].sum()) - n1 * (n1 + 1) / 2, n1 * n0
 
 
 def metrics(logits_M, labels_M, steps_M):
-    """Validation figures of all steps of all ranks together; "right" is a label of 0.5 or more, in all but the loss,
-    Brier score and calibration error, which take soft labels as they are.
+    """Validation figures of the M labelled steps of all ranks together; steps_M: place in solution.
 
-    auc_within compares steps at the same place t only (pairs pooled over t): a PRM that merely learnt that later steps
-    are worse gets 0.5 there. f1_wrong: F1 of the wrong class at p < 0.5. ece: 15 equal bins.
+    right       a label of 0.5 or more; loss, brier and ece take soft labels as they are
+    auc_within  pairs at the same place t only: knowing that later steps are worse earns 0.5 there
+    f1_wrong    F1 of the wrong class at p < 0.5;  ece: calibration error over 15 equal bins
     """
     p, y, right = logits_M.double().sigmoid(), labels_M.double(), labels_M >= 0.5
-    wrong, said = ~right, p < 0.5
+    wrong, flagged = ~right, p < 0.5
     u, pairs = auc_pairs(p, right)
-    u_within, pairs_within = map(sum, zip(*(auc_pairs(p[steps_M == t], right[steps_M == t]) for t in steps_M.unique())))
-    gaps = torch.zeros(15, dtype=torch.float64).index_add_(0, (p * 15).long().clamp(max=14), p - y)
+    at_place = [auc_pairs(p[steps_M == t], right[steps_M == t]) for t in steps_M.unique()]
+    u_within, pairs_within = map(sum, zip(*at_place))
+    # sum of (p - y) in each bin: its absolute value over M is the bin's share of the error
+    gaps = torch.zeros(15, dtype=torch.float64)
+    gaps.index_add_(0, (p * 15).long().clamp(max=14), p - y)
     return {"loss": float(F.binary_cross_entropy_with_logits(logits_M.double(), y)),
-            "accuracy": float((said == wrong).double().mean()),
-            "auc": u / pairs if pairs else None, "auc_within": u_within / pairs_within if pairs_within else None,
-            "f1_wrong": 2 * int((wrong & said).sum()) / max(1, int(wrong.sum() + said.sum())),
+            "accuracy": float((flagged == wrong).double().mean()),
+            "auc": u / pairs if pairs else None,
+            "auc_within": u_within / pairs_within if pairs_within else None,
+            "f1_wrong": 2 * int((wrong & flagged).sum()) / max(1, int(wrong.sum() + flagged.sum())),
             "brier": float(((p - y) ** 2).mean()), "ece": float(gaps.abs().sum()) / len(p),
             "steps": len(p), "right": float(right.double().mean())}
 
 
-# ---------------------------------------------------------------- what training it costs
+# ---------------------------------------------------------------- what training costs
 
 def step_flops(N, config, lengths, frozen):
-    """(6 N D, what attention adds): a forward takes 2 N a token, the backward twice that; QK' and PV of a causal row of
-    n tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward. As is usual, all
-    weights are counted for all tokens, though the last layer's MLP runs on the labelled positions only."""
+    """(6 N D, what attention adds), FLOPs of a step on rows of these lengths (§4.1).
+
+    A forward takes 2 N a token, the backward pass twice that. QK' and PV of a causal row of n
+    tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward.
+    """
     k, heads = 1 if frozen else 3, config.num_attention_heads
     h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 2 * k * N * sum(lengths), 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
+    attention = 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
+    return 2 * k * N * sum(lengths), attention
 
 
 def peak_flops(device):
     """FLOP/s of a GPU in dense bf16, from its data sheet; None for others, and for CPUs."""
-    known = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-             "B200": 2250e12, "L40S": 362e12}  # the first that is in the name
+    known = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
+             "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # the first that is in the name
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for gpu, flops in known.items() if gpu in name), None)
 
 
 def peak_memory(device):
-    """Bytes this process has held at most: of the GPU's memory, or on a CPU all of its own."""
+    """Bytes that this process has held at most: GPU memory, or on a CPU its resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit = 1 if sys.platform == "darwin" else 1024  # Linux counts in KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
+
+# ---------------------------------------------------------------- statistics over problems
 
 def mean_se(values):
     """Mean and its standard error over problems (0 for a single one)."""
@@ -71,45 +86,67 @@ def mean_se(values):
     return statistics.fmean(values), spread / len(values) ** 0.5
 
 
-# ---------------------------------------------------------------- statistics over problems
+def paired(a, b):
+    """(mean difference, its standard error, z) of two lists over the same problems."""
+    mean, se = mean_se([float(x) - float(y) for x, y in zip(a, b, strict=True)])
+    return mean, se, mean / se if se else 0.0
+
+
+def wilson(right, n, z=1.96):
+    """(share, low, high) of `right` in n trials (Wilson 1927, doi 10.1080/01621459.1927.10502953).
+
+        (p + z²/2n ± z sqrt(p (1 - p)/n + z²/4n²)) / (1 + z²/n),   p = right / n
+
+    Six of six is 1.00 [0.61, 1.00], where a bootstrap, which never draws a wrong one, says ± 0.
+    """
+    p, scale = right / n, 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / scale
+    half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / scale
+    # at p = 0 and 1 an end is exactly p: no rounding error there
+    return p, min(p, centre - half), max(p, centre + half)
+
 
 def interval(values, statistic=statistics.fmean, rounds=1000):
-    """(statistic, low, high): 95 % percentile bootstrap of a list with one entry a problem."""
+    """(statistic, low, high), 95 %, of a list with one entry a problem.
+
+    A share (the mean of zeros and ones) has Wilson's interval. Everything else is bootstrapped: the
+    problems are drawn with replacement, `rounds` times, and the middle 95 % of the results count.
+    """
+    if statistic is statistics.fmean and all(x in (0, 1) for x in values):
+        return wilson(sum(values), len(values))
     rng = random.Random(0)
     drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(rounds))
     return statistic(values), drawn[int(0.025 * rounds)], drawn[int(0.975 * rounds) - 1]
 
 
-def over_runs(runs, base=None, rounds=1000):
-    """(mean, low, high) of PRMs that were trained several times: runs (R lists) of one value a problem. Bootstrap over
-    both: R runs and P problems are drawn with replacement. base: of what is subtracted, for the same problems.
+def _resampled(runs, problems, rng):
+    """(mean of all values, its bootstrap draws): runs and problems are drawn with replacement."""
+    values, R = torch.tensor(runs, dtype=torch.float64), len(runs)
+    drawn = torch.randint(R, (len(problems), R), generator=rng)
+    each = torch.stack([run[problems].mean(1) for run in values], dim=1)  # (rounds, R)
+    centre = each.mean(1)
+    # R draws of R runs spread less than R new runs would: widen their deviations from the centre
+    wider = (R / max(1, R - 1)) ** 0.5
+    return float(values.mean()), centre + (each.gather(1, drawn).mean(1) - centre) * wider
 
-    R draws of R runs spread less than new runs would; their deviations are widened by sqrt(R / (R - 1)) for it. Three
-    runs still say little of how runs differ: where that is most of the interval, it covers less than 95 %.
+
+def over_runs(runs, base=None, rounds=1000):
+    """(mean, low, high), 95 %, of a PRM that was trained R times: R lists of one value a problem.
+
+    Bootstrap over training runs and problems, minus that of `base` on the same problems. Runs that
+    are all alike, as one run is, have Wilson's interval if they are a share. Three runs still say
+    little of how runs differ: where that is most of the interval, it covers less than 95 %.
     """
+    if base is None and runs.count(runs[0]) == len(runs) and all(x in (0, 1) for x in runs[0]):
+        return interval(runs[0])
     rng = torch.Generator().manual_seed(0)
     problems = torch.randint(len(runs[0]), (rounds, len(runs[0])), generator=rng)
-
-    def mean(some):  # -> of all, and of each round
-        values = torch.tensor(some, dtype=torch.float64)
-        drawn = torch.randint(len(some), (rounds, len(some)), generator=rng)
-        each = torch.stack([run[problems].mean(1) for run in values], dim=1)  # (rounds, R)
-        centre, R = each.mean(1), len(some)
-        return float(values.mean()), centre + (each.gather(1, drawn).mean(1) - centre) * (R / max(1, R - 1)) ** 0.5
-    value, drawn = mean(runs)
+    value, drawn = _resampled(runs, problems, rng)
     if base is not None:
-        minus, other = mean(base)
+        minus, other = _resampled(base, problems, rng)
         value, drawn = value - minus, drawn - other
     drawn = drawn.sort().values
     return value, float(drawn[int(0.025 * rounds)]), float(drawn[int(0.975 * rounds) - 1])
-
-
-def paired(a, b):
-    """(mean difference, its standard error, z) of two lists with one entry for each of the same problems."""
-    mean, se = mean_se([float(x) - float(y) for x, y in zip(a, b, strict=True)])
-    return mean, se, mean / se if se else 0.0
-
-
 def bootstrap_counts(groups, rounds=1000, seed=0):
     """(1 + rounds, N) how often each of N values occurs in each bootstrap draw; row 0 is the data.
 

@@ -70,9 +70,12 @@ def vote_keys(items):
 def load(task, data=None, split=None, limit=None, seed=0):
     """A task's problems, in file order. data: a local .json, .jsonl or .gz file in place of the hub.
 
-    split: the hub's split; for livecodebench a window of contest dates "2024-08-01:2025-02-01" (end excluded).
+    split, or in task "TASK:SPLIT": the hub's split; for livecodebench a window of contest
+    dates "2024-08-01:2025-02-01" (end excluded).
     seed: only for the tiny world, which makes its problems. Raises ValueError "FILE:LINE: what is wrong".
     """
+    if ":" in task:
+        task, _, split = task.partition(":")
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
     make, hub, default, files = TASKS[task]

@@ -44,9 +44,9 @@ compare() {  # compare NAME TASK FILE POLICY [flags]
 compare math "$TASK" "$TEST" "$POLICY"
 compare code "$CODETASK" "$CODE" "$CODER" --max-step-tokens "$CODETOKENS"  # a program is one step
 # Table 2, on the samples that best-of-N chose from
-newest() { ls -t "$RUN/$1"/done/best_of_n-*.jsonl | head -n 1; }
+samples() { ls "$RUN/$1"/best_of_n-"$N"-*.jsonl; }
 # --offload adds up vectors of the model's size in main memory, which takes all cores
 THREADS=$((($(nproc --all) + PROCESSES - 1) / PROCESSES))
-OMP_NUM_THREADS=${SIMILARTHREADS:-$THREADS} run similarity ranks similarity.py --sets "$(newest math)" "$(newest code)" \
+OMP_NUM_THREADS=${SIMILARTHREADS:-$THREADS} run similarity ranks similarity.py --sets "$(samples math)" "$(samples code)" \
   --model "$REFERENCE" --limit "$SIMILAR" --offload --dtype "$DTYPE" --json "$RUN/similarity.json"
 tail -n 40 "$RUN"/{first-error,math,code,similarity}.log
