@@ -133,6 +133,9 @@ TEXTBOOK = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majo
 
 # ------------------------------------------------------------ our additions (docs/results.md)
 
+PRUNE = 0.2  # Appendix D.3 names no threshold; this one is ours
+
+
 def merge(steps):
     """Equal samples are one action: keep the first of equal texts below one parent."""
     distinct = {}
@@ -162,7 +165,7 @@ def adaptive_breadth(live, breadth):
     return [steps + additional.get(node, []) for node, steps in zip(live, groups)]
 
 
-def beam_extended(root, k, m, path_score, threshold=0.0, adaptive=False, **_):
+def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
     """Beam search with merged equal steps, shared breadth, pruning and, if asked, adaptive breadth.
 
     Merging leaves fewer than K paths; these share the samples, so that each step still draws as
@@ -182,7 +185,7 @@ def beam_extended(root, k, m, path_score, threshold=0.0, adaptive=False, **_):
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
-def mcts_extended(root, m, simulations, c, reward, threshold=0.0, **_):
+def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
     """MCTS with merged equal steps, pruning, late expansion and progressive widening.
 
     An LLM's actions cannot be listed, and M first samples may all be wrong: a node draws M more at
@@ -229,8 +232,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     (default: args.tokens for all). Batches hold all problems; a row depends on its own alone."""
     def reward(node, how=args.aggregate):
         return aggregate([step.p for step in node.path() if step.text and step.p is not None], how)
-    options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum"),
-                            "threshold": args.prune}
+    options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
         options["n"] = math.inf  # as many samples as the budget buys
     plan = (TEXTBOOK if args.textbook else STRATEGIES)[strategy]
@@ -240,7 +242,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
     with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
-        run_together(searches, policy, prms, args.combine, progress)
+        run_together(searches, policy, prms, progress)
     rule = args.choose or ("vote" if strategy == "majority" else "argmax")
     return searches, sample_rows(problems, searches, strategy, choose, rule, policy.separator)
 
@@ -275,14 +277,12 @@ def add_search_flags(parser):
     a("--c", type=float, default=0.5, help="MCTS: exploration constant of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--textbook", action="store_true", help="beam, MCTS exactly as in B.4, without our additions")
-    a("--prune", type=float, default=0.2, help="drop steps of lower p_t, if others are left (0.2)")
     a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids, combined")
-    a("--combine", choices=["mean", "min"], default="mean", help="of several PRMs")
+    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; of several the mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
 
 
@@ -294,7 +294,7 @@ def parse(argv):
     a("--question", help="your own question, of math")
     add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
-    add_run_flags(parser, limit=50)
+    add_run_flags(parser, limit=50, summary=False)
     args = parser.parse_args(argv)
     check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
@@ -314,8 +314,7 @@ def main(argv=None):
         if args.question:
             problems.append(tasks.Problem("question", args.question, "math"))
         policy = load_policy_flags(args, device)
-        prms = [load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens)
-                for path in args.prm]
+        prms = [load_prm(path, device, args.dtype) for path in args.prm]
     shown = set()  # domains of which a solution has been printed
 
     def search_chunk(chunk):

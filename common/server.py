@@ -7,7 +7,8 @@ import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 
-from common.policy import FINAL, Node, Policy, chat_prompt, child_key, next_keys, step_end
+from common.node import Node, child_key, next_keys
+from common.policy import FINAL, Policy, chat_prompt, step_end
 
 
 class ServerPolicy:
