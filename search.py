@@ -48,7 +48,7 @@ from prm_model import AGGREGATIONS, aggregate, load_prm
 
 def arg_max(rewards):
     """B.4.1: index of the best solution, arg max_i R_i. The first of equals wins."""
-    return max(range(len(rewards)), key=rewards.__getitem__)
+    return max(range(len(rewards)), key=rewards.__getitem__)  # max() keeps the first
 
 
 def mode(answers, weights=None):
@@ -82,7 +82,7 @@ def beam(root, k, m, path_score, **_):
     """
     paths = [root]
     while live := [node for node in paths if node.end is None]:
-        groups = yield Request(live, m)
+        groups = yield Request(live, m)  # expansion: M next steps below each, scored
         finished = [node for node in paths if node.end]  # they stay, and compete with longer ones
         candidates = finished + list(chain.from_iterable(groups))
         paths = sorted(candidates, key=path_score, reverse=True)[:k]  # stable: first of equals
@@ -111,7 +111,7 @@ def mcts(root, m, simulations, c, reward, **_):
             path.append(uct_select(path[-1], children[path[-1]], N, Q, c))
         if path[-1].end is None:                            # 2. expansion: M next steps
             [children[path[-1]]] = yield Request([path[-1]], m)
-            path.append(children[path[-1]][0])
+            path.append(children[path[-1]][0])  # none has been visited: take the first
         yield from simulate_and_back_up(path, N, Q, reward)
     return N, children
 
@@ -181,7 +181,7 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
         finished = [node for node in paths if node.end]
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
-        for node in set(chain.from_iterable(groups)).difference(paths):
+        for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
@@ -238,6 +238,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     plan = (TEXTBOOK if args.textbook else STRATEGIES)[strategy]
     if plan is best_of_n and (budgets or args.tokens < math.inf):
         plan = samples_within
+    # the id fixes the random numbers: whatever shares the batch, the samples are the same
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
@@ -269,7 +270,7 @@ def add_search_flags(parser):
     """The flags that solve() reads; evaluate.py has them as well. Capitals: torchrun on Python
     before 3.12 takes --n for a flag of its own, even after the script's name."""
     a = parser.add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="of common/tasks.py: TASK or TASK:SPLIT")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="TASK or TASK:SPLIT")
     a("--data", help="local file instead of the hub")
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
@@ -282,7 +283,7 @@ def add_search_flags(parser):
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; of several the mean p_t")
+    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; their mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
 
 

@@ -128,7 +128,7 @@ def answer(batch, whole, policy, prms):
 
 
 def score_steps(prms, leaves):
-    """Set node.p of all new steps above `leaves`, with several PRMs (§4.2) to the mean of theirs."""
+    """Set node.p of all new steps above `leaves`; of several PRMs (§4.2) the mean."""
     for prm in prms:
         for node, p in prm.score_nodes(leaves).items():
             node.scores.append(p)

@@ -201,7 +201,10 @@ class Policy:
             samples = self._sample_rows(batch, whole, limit)
             for (node, key), (ids, logps, kv) in zip(batch, samples):
                 children[node, key] = self._nodes(node, key, ids, logps, kv, whole)
-        return [[children[node, key] for key in keys] for node, keys in groups]
+        found = []
+        for node, keys in groups:
+            found.append([children[node, key] for key in keys])
+        return found
 
     def _sample_rows(self, batch, whole, limit):
         """The decoding loop: (node, key) -> (ids, log-probabilities, keys and values) for each."""
