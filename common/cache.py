@@ -4,7 +4,7 @@ A node keeps the keys and values of its own tokens only. Here two paths share a 
 
         prompt [q1 q2 q3]            a batch of b and c, padded on the left:
            |
-        a [a1 a2]                    row b:   -  q1 q2 q3 a1 a2 b1        4 nodes keep 9 tokens;
+        a [a1 a2]                    row b:  -  -  q1 q2 q3 a1 a2 b1      4 nodes keep 9 tokens;
          /      \\                    row c:  q1 q2 q3 a1 a2 c1 c2 c3      the two rows have 14
      b [b1]   c [c1 c2 c3]
 
