@@ -1,10 +1,10 @@
 """The process reward model (§2.2, B.1): a decoder whose LM head is replaced by a scalar head.
 
 For a problem Q and steps x_1 .. x_T it says p_t = PRM(Q, x_1, .., x_t), the probability that step
-x_t is correct (Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state at
-the separator's last token, so one forward scores all steps of a solution.
+x_t is correct (Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state
+at the separator's last token, so one forward scores all steps of a solution.
 
-    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. In January she finds 5. Now?" \\
+    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. She finds 5. How many?" \\
         --steps "January: 7+5=11" "Answer: 11"
     python prm_model.py --prm tiny/prm --file samples.jsonl    # sample rows or stepwise rows
 
@@ -44,6 +44,7 @@ class PRM(nn.Module):
         super().__init__()
         h = backbone.config.hidden_size
         self.backbone = backbone
+        # B.1: two linear layers and one logit in place of the LM head's vocabulary
         self.head = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Dropout(dropout), nn.Linear(h, 1))
         self.head.to(backbone.device, backbone.dtype)
         self.tokenizer = tokenizer
@@ -60,7 +61,7 @@ class PRM(nn.Module):
                              f"{separator!r}")
 
     def forward(self, ids_BT, rows_M, positions_M):
-        """Logits (M), p = sigmoid(logit), of the steps whose separators end at (rows_M, positions_M).
+        """Logits (M), of p = sigmoid(logit), of the steps that end at (rows_M, positions_M).
 
         ids_BT is padded on the right. Attention is causal, so that padding needs no mask.
         """
@@ -121,7 +122,7 @@ class PRM(nn.Module):
             logits_M = self(ids_BT.to(device), rows_M.to(device), positions_M.to(device))
             split = logits_M.sigmoid().cpu().split(counts.tolist())  # one transfer a batch
             for (i, ids, _), p in zip(batch, split):
-                scores[i] = p.tolist()
+                scores[i] = p.tolist()  # batches are by length: back to the caller's order
                 self.tokens += len(ids)
         return scores
 
@@ -153,24 +154,24 @@ class PRM(nn.Module):
         old = folder.with_name(folder.name + ".old")
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        parts = {"backbone": {}, "head": {}}
+        parts = {"backbone": {}, "head": {}}  # the backbone stays a folder that others can load
         for key, weight in (state or self.state_dict()).items():
             part, _, name = key.partition(".")
             parts[part][name] = weight.contiguous()
-        self.backbone.config.prm = self.format
+        self.backbone.config.prm = self.format  # by which load_prm() knows its own
         self.backbone.save_pretrained(partial, state_dict=parts["backbone"])
         self.tokenizer.save_pretrained(partial)
         save_file(parts["head"], partial / HEAD_FILE)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(partial, folder)
+        os.replace(partial, folder)  # a kill leaves the old one, none, or the new one: no mixture
         shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------ one number for a solution
 
-# Appendix C has PRM-Last and PRM-Min. The default is the product: the probability that all steps are
-# right, if their errors are independent. Unlike the sum it does not reward longer solutions.
+# Appendix C has PRM-Last and PRM-Min. The default is the product: the probability that all steps
+# are right, if their errors are independent. Unlike the sum it does not reward longer solutions.
 AGGREGATIONS = {"last": lambda p: p[-1], "min": min, "prod": math.prod,
                 "mean": lambda p: sum(p) / len(p), "sum": sum}
 
@@ -201,7 +202,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
             backbone = AutoModel.from_config(config, dtype=dtype)
     elif "Qwen2ForProcessRewardModel" in (config.architectures or ()):
         backbone, head = load_published(path, dtype)
-        own_format = PUBLISHED
+        own_format = PUBLISHED  # their files do not say how they want to be asked
     else:
         backbone = load_pretrained(AutoModel, path, dtype=dtype)
         head = load_head(path) if own_format else None

@@ -48,7 +48,7 @@ from prm_model import AGGREGATIONS, aggregate, load_prm
 
 def arg_max(rewards):
     """B.4.1: index of the best solution, arg max_i R_i. The first of equals wins."""
-    return max(range(len(rewards)), key=rewards.__getitem__)
+    return max(range(len(rewards)), key=rewards.__getitem__)  # max() keeps the first
 
 
 def mode(answers, weights=None):
@@ -82,7 +82,7 @@ def beam(root, k, m, path_score, **_):
     """
     paths = [root]
     while live := [node for node in paths if node.end is None]:
-        groups = yield Request(live, m)
+        groups = yield Request(live, m)  # expansion: M next steps below each, scored
         finished = [node for node in paths if node.end]  # they stay, and compete with longer ones
         candidates = finished + list(chain.from_iterable(groups))
         paths = sorted(candidates, key=path_score, reverse=True)[:k]  # stable: first of equals
@@ -111,7 +111,7 @@ def mcts(root, m, simulations, c, reward, **_):
             path.append(uct_select(path[-1], children[path[-1]], N, Q, c))
         if path[-1].end is None:                            # 2. expansion: M next steps
             [children[path[-1]]] = yield Request([path[-1]], m)
-            path.append(children[path[-1]][0])
+            path.append(children[path[-1]][0])  # none has been visited: take the first
         yield from simulate_and_back_up(path, N, Q, reward)
     return N, children
 
@@ -132,6 +132,9 @@ TEXTBOOK = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majo
 
 
 # ------------------------------------------------------------ our additions (docs/results.md)
+
+PRUNE = 0.2  # Appendix D.3 names no threshold; this one is ours
+
 
 def merge(steps):
     """Equal samples are one action: keep the first of equal texts below one parent."""
@@ -162,7 +165,7 @@ def adaptive_breadth(live, breadth):
     return [steps + additional.get(node, []) for node, steps in zip(live, groups)]
 
 
-def beam_extended(root, k, m, path_score, threshold=0.0, adaptive=False, **_):
+def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
     """Beam search with merged equal steps, shared breadth, pruning and, if asked, adaptive breadth.
 
     Merging leaves fewer than K paths; these share the samples, so that each step still draws as
@@ -178,11 +181,11 @@ def beam_extended(root, k, m, path_score, threshold=0.0, adaptive=False, **_):
         finished = [node for node in paths if node.end]
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
-        for node in set(chain.from_iterable(groups)).difference(paths):
+        for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
-def mcts_extended(root, m, simulations, c, reward, threshold=0.0, **_):
+def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
     """MCTS with merged equal steps, pruning, late expansion and progressive widening.
 
     An LLM's actions cannot be listed, and M first samples may all be wrong: a node draws M more at
@@ -229,18 +232,18 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     (default: args.tokens for all). Batches hold all problems; a row depends on its own alone."""
     def reward(node, how=args.aggregate):
         return aggregate([step.p for step in node.path() if step.text and step.p is not None], how)
-    options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum"),
-                            "threshold": args.prune}
+    options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
         options["n"] = math.inf  # as many samples as the budget buys
     plan = (TEXTBOOK if args.textbook else STRATEGIES)[strategy]
     if plan is best_of_n and (budgets or args.tokens < math.inf):
         plan = samples_within
+    # the id fixes the random numbers: whatever shares the batch, the samples are the same
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
     with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
-        run_together(searches, policy, prms, args.combine, progress)
+        run_together(searches, policy, prms, progress)
     rule = args.choose or ("vote" if strategy == "majority" else "argmax")
     return searches, sample_rows(problems, searches, strategy, choose, rule, policy.separator)
 
@@ -267,7 +270,7 @@ def add_search_flags(parser):
     """The flags that solve() reads; evaluate.py has them as well. Capitals: torchrun on Python
     before 3.12 takes --n for a flag of its own, even after the script's name."""
     a = parser.add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="of common/tasks.py: TASK or TASK:SPLIT")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="TASK or TASK:SPLIT")
     a("--data", help="local file instead of the hub")
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
@@ -275,14 +278,12 @@ def add_search_flags(parser):
     a("--c", type=float, default=0.5, help="MCTS: exploration constant of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--textbook", action="store_true", help="beam, MCTS exactly as in B.4, without our additions")
-    a("--prune", type=float, default=0.2, help="drop steps of lower p_t, if others are left (0.2)")
     a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids, combined")
-    a("--combine", choices=["mean", "min"], default="mean", help="of several PRMs")
+    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; their mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
 
 
@@ -294,7 +295,7 @@ def parse(argv):
     a("--question", help="your own question, of math")
     add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
-    add_run_flags(parser, limit=50)
+    add_run_flags(parser, limit=50, summary=False)
     args = parser.parse_args(argv)
     check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
@@ -314,8 +315,7 @@ def main(argv=None):
         if args.question:
             problems.append(tasks.Problem("question", args.question, "math"))
         policy = load_policy_flags(args, device)
-        prms = [load_prm(path, device, args.dtype, max_batch_tokens=args.max_batch_tokens)
-                for path in args.prm]
+        prms = [load_prm(path, device, args.dtype) for path in args.prm]
     shown = set()  # domains of which a solution has been printed
 
     def search_chunk(chunk):

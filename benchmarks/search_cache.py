@@ -21,7 +21,8 @@ sys.path.insert(0, str(ROOT))
 from common import policy as policy_module  # noqa: E402
 from common import tasks  # noqa: E402
 from common.driver import Search, run_together  # noqa: E402
-from common.policy import Node, Policy, load_policy  # noqa: E402
+from common.node import Node  # noqa: E402
+from common.policy import Policy, load_policy  # noqa: E402
 from prm_model import PRM, aggregate, load_prm  # noqa: E402
 from search import beam_extended as beam  # noqa: E402
 

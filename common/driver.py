@@ -87,14 +87,14 @@ def new_tokens(request, groups):
     return total
 
 
-def run_together(searches, policy, prms=(), combine="mean", progress=None):
+def run_together(searches, policy, prms=(), progress=None):
     """Advance all searches until each is done or has spent its budget. progress: a tqdm bar."""
     live = [search for search in searches if search.request]
     while live:
         for whole in (False, True):  # too different in length to share a batch
             batch = [search for search in live if search.request and search.request.whole == whole]
             if batch:
-                answer(batch, whole, policy, prms, combine)
+                answer(batch, whole, policy, prms)
         if progress is not None:  # tokens: with a real model no problem may be done for minutes
             tokens = sum(search.generated for search in searches)
             progress.set_postfix_str(f"{tokens} tokens", refresh=False)
@@ -102,7 +102,7 @@ def run_together(searches, policy, prms=(), combine="mean", progress=None):
         live = [search for search in live if search.request]
 
 
-def answer(batch, whole, policy, prms, combine):
+def answer(batch, whole, policy, prms):
     """One call of the policy and one pass of each PRM for the requests of all these searches."""
     prefilled = policy.prefilled
     prm_tokens = sum(prm.tokens for prm in prms)
@@ -113,7 +113,7 @@ def answer(batch, whole, policy, prms, combine):
         counts += [search.request.n] * len(search.request.nodes)
     groups = (policy.complete if whole else policy.propose)(nodes, counts)
     sampled = time.perf_counter()
-    score_steps(prms, list(chain.from_iterable(groups)), combine)
+    score_steps(prms, list(chain.from_iterable(groups)))
     scored = time.perf_counter()
 
     groups = iter(groups)
@@ -127,14 +127,12 @@ def answer(batch, whole, policy, prms, combine):
         search.advance(groups)
 
 
-def score_steps(prms, leaves, combine="mean"):
-    """Set node.p of all new steps above `leaves`. Several PRMs (§4.2): their mean, or (combine
-    "min") the most severe one."""
+def score_steps(prms, leaves):
+    """Set node.p of all new steps above `leaves`; of several PRMs (§4.2) the mean."""
     for prm in prms:
         for node, p in prm.score_nodes(leaves).items():
             node.scores.append(p)
     for leaf in leaves:
         for node in leaf.path():
             if node.p is None and node.scores:
-                mean = sum(node.scores) / len(node.scores)
-                node.p = min(node.scores) if combine == "min" else mean
+                node.p = sum(node.scores) / len(node.scores)

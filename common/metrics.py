@@ -157,7 +157,8 @@ def bootstrap_counts(groups, rounds=1000, seed=0):
     counts = torch.ones(1 + rounds, len(groups), dtype=torch.double)
     for stratum in dict.fromkeys(stratum for stratum, _ in groups):
         index = [i for i, (s, _) in enumerate(groups) if s == stratum]
-        column = {group: n for n, group in enumerate(dict.fromkeys(groups[i] for i in index))}
+        distinct = dict.fromkeys(groups[i] for i in index)
+        column = {group: n for n, group in enumerate(distinct)}
         draws = Multinomial(len(column), torch.ones(len(column))).sample((rounds,)).double()
         counts[1:, index] = draws[:, [column[groups[i]] for i in index]]
     return counts

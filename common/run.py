@@ -147,8 +147,8 @@ def command_line(description):
     return CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def add_run_flags(parser, limit=None):
-    """The flags that mean the same in every script."""
+def add_run_flags(parser, limit=None, summary=True):
+    """The flags that mean the same in every script. summary: has --overwrite and --json, too."""
     a = parser.add_argument
     a("--limit", type=int, default=limit, help=f"problems, or rows of each file ({limit}: raise it for a whole set)")
     a("--seed", type=int, default=0)
@@ -156,14 +156,15 @@ def add_run_flags(parser, limit=None):
     a("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, float32 elsewhere")
     a("--out", help="where the result goes")
     a("--resume", action="store_true", help="go on with --out")
-    a("--overwrite", action="store_true", help="replace --out")
-    a("--json", help="write the summary here, too")
+    if summary:
+        a("--overwrite", action="store_true", help="replace --out")
+        a("--json", help="write the summary here, too")
 
 
 def need_folder(parser, args, *names):
     """Exit with one line where the file that a flag names could not be written after all the work."""
     for name in names:
-        if (file := getattr(args, name)) and not Path(file).absolute().parent.is_dir():
+        if (file := getattr(args, name, None)) and not Path(file).absolute().parent.is_dir():
             parser.error(f"--{name} {file}: no such folder")
 
 
@@ -178,7 +179,7 @@ def check_run_flags(parser, args, *positive):
     """Exit with one line when a flag named in `positive` is not, or --out is taken."""
     need_positive(parser, args, "limit", *positive)
     need_folder(parser, args, "json")
-    if args.out and not (args.resume or args.overwrite):
+    if args.out and not (args.resume or getattr(args, "overwrite", False)):
         for file in begun(Path(args.out)):
             parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
 

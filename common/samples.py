@@ -96,7 +96,7 @@ def written(path):
 class Once:
     """The folder --out: a file of rows is made once, and continued after a kill."""
     SAMPLING = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens",
-                "separator", "policy_model", "chat_tokenizer", "dtype", "seed")
+                "separator", "policy_model", "dtype", "seed")
 
     def __init__(self, parser, args):
         self.parser, self.args, self.made = parser, args, set()
@@ -153,15 +153,14 @@ class Bench:
     """
     # the flags that a strategy's rows depend on
     SEARCHES = {"best_of_n": ("n",),
-                "beam": ("k", "m", "prune", "adaptive", "textbook"),
-                "mcts": ("m", "simulations", "c", "prune", "textbook")}
+                "beam": ("k", "m", "adaptive", "textbook"),
+                "mcts": ("m", "simulations", "c", "textbook")}
 
     def __init__(self, parser, args, load_prm, solve):
         self.args, self.once, self.solve = args, Once(parser, args), solve
         self.rank, _, device = distributed(args.device)
         self.policy = keep_one(lambda path: load_policy_flags(args, device, path))
-        self.prm = keep_one(lambda path: load_prm(path, device, args.dtype,
-                                                  max_batch_tokens=args.max_batch_tokens))
+        self.prm = keep_one(lambda path: load_prm(path, device, args.dtype))
 
     @cached_property
     def problems(self):

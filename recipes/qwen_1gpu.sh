@@ -22,7 +22,7 @@ STRATEGIES=${STRATEGIES:-best_of_n majority beam}
 stages=6
 . recipes/stages.sh
 sampling=(--temperature 0.8 --max-step-tokens "$TOKENS" --max-steps "$STEPS" --dtype "$DTYPE")
-[ -z "$SERVED" ] || sampling+=(--policy-model "$SERVED" --chat-tokenizer "$SERVED")
+[ -z "$SERVED" ] || sampling+=(--policy-model "$SERVED")
 
 # §2.1. 2,000 problems x 4 solutions, K rollouts for each prefix of the binary search
 run annotate ranks annotate.py --policies $VOTERS --task "$TASK" ${TRAIN:+--task-data "$TRAIN"} --split train \
@@ -38,7 +38,7 @@ run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$E
 # §4.2 on math, and §4.3 on code: the PRM has seen none
 compare() {  # compare NAME TASK FILE POLICY [flags]
   run "$1" ranks evaluate.py --task "$2" ${3:+--data "$3"} --policy "$4" --prm "$RUN/prm" --strategies $STRATEGIES \
-    --N "$N" --limit "$LIMIT" --concurrent "$CONCURRENT" --max-batch-tokens "$ATONCE" \
+    --N "$N" --limit "$LIMIT" --concurrent "$CONCURRENT" \
     "${sampling[@]}" "${@:5}" --out "$RUN/$1" --json "$RUN/$1.json"
 }
 compare math "$TASK" "$TEST" "$POLICY"

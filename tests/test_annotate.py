@@ -13,7 +13,7 @@ from conftest import ROOT, TINY
 import annotate
 from annotate import binary_search, consensus, fleiss_kappa, linear_scan, parse_verdict, settled, vote
 from common import tasks
-from common.policy import Node
+from common.node import Node
 
 
 def follow(search, good, ends_right, **options):

@@ -189,8 +189,8 @@ def test_the_same_tokens_are_the_same_samples_and_then_more(tmp_path):
 @pytest.mark.parametrize("extra, outcome", [
     ([], "kept"), (["--simulations", "3"], "kept"), (["--concurrent", "7"], "kept"),
     (["--K", "8"], "made"),                        # a file of its own: beam-8x4
-    (["--overwrite"], "made"), (["--overwrite", "--prune", "0"], "made"),
-    (["--prune", "0"], "refused"), (["--seed", "1"], "refused"), (["--top-p", "0.5"], "refused")],
+    (["--overwrite"], "made"), (["--overwrite", "--textbook"], "made"),
+    (["--textbook"], "refused"), (["--seed", "1"], "refused"), (["--top-p", "0.5"], "refused")],
     ids=lambda x: " ".join(x) if isinstance(x, list) else x)
 def test_rows_are_kept_for_their_settings_only(extra, outcome, tmp_path, monkeypatch, capsys):
     calls = []

@@ -3,6 +3,7 @@ import contextlib
 import copy
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from conftest import random_qwen
 
 from common import policy as policy_module
-from common import server as server_module
-from common.policy import Node, Policy, child_key, load_policy, sample, uniform
+from common.node import Node, child_key
+from common.policy import Policy, load_policy, sample, uniform
 from common.server import ServerPolicy
 
 QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How many now?",
@@ -113,7 +114,7 @@ def test_sampling_follows_the_distribution_and_top_p():
 def test_steps_end_at_separators_but_not_inside_a_code_fence(tokenizer, text, want):
     ids = tokenizer(text)["input_ids"]
     newline = {i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])}
-    spans = policy_module._split(ids, tokenizer, "\n\n", newline)
+    spans = policy_module.split_steps(ids, tokenizer, "\n\n", newline)
     assert [tokenizer.decode(ids[a:b]) for a, b in spans] == want
 
 
@@ -185,7 +186,7 @@ class Stuck(Handler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(server_module.time, "sleep", lambda s: None)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     Handler.busy, Handler.seen = 1, []
     with serving(Handler) as url:
         yield url
@@ -232,15 +233,15 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(tmp_path)
-    policy = load_policy("http://127.0.0.1:9/v1", served="m", chat_tokenizer=tmp_path)
+    policy = load_policy("http://127.0.0.1:9/v1", served=str(tmp_path))
     text = policy._text(policy.adopt(policy.root("p", "Q?"), "one"))
     assert text.startswith("<user>Q?\n\nSolve step by step") and text.endswith("<assistant>one\n\n")
 
 
 def test_a_server_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(server_module.time, "sleep", lambda s: None)
-    policy = ServerPolicy("http://127.0.0.1:9", "m", retries=2)
-    with pytest.raises(ValueError, match="did not answer after 2 tries"):
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    policy = ServerPolicy("http://127.0.0.1:9", "m", retries=1)
+    with pytest.raises(ValueError, match="did not answer, in 2 tries"):
         policy.propose([policy.root("p", "Q?")], 1)
 
 
