@@ -1,10 +1,12 @@
 """Figures of merit: AUC and calibration of step probabilities, bootstrap intervals, FLOPs and peak memory."""
 import random
+import re
 import resource
 import statistics
 import sys
 
 import torch
+from torch.distributions import Multinomial
 from torch.nn import functional as F
 
 # ---------------------------------------------------------------- how good its probabilities are
@@ -106,3 +108,70 @@ def paired(a, b):
     """(mean difference, its standard error, z) of two lists with one entry for each of the same problems."""
     mean, se = mean_se([float(x) - float(y) for x, y in zip(a, b, strict=True)])
     return mean, se, mean / se if se else 0.0
+
+
+def bootstrap_counts(groups, rounds=1000, seed=0):
+    """(1 + rounds, N) how often each of N values occurs in each bootstrap draw; row 0 is the data.
+
+    groups (N): (stratum, group) of each value. Within a stratum, as many groups as it has are drawn
+    with replacement: the values of a group stay together. Groups are problems, strata domains.
+    """
+    torch.manual_seed(seed)  # Multinomial takes no generator
+    counts = torch.ones(1 + rounds, len(groups), dtype=torch.double)
+    for stratum in dict.fromkeys(stratum for stratum, _ in groups):
+        index = [i for i, (s, _) in enumerate(groups) if s == stratum]
+        column = {group: n for n, group in enumerate(dict.fromkeys(groups[i] for i in index))}
+        draws = Multinomial(len(column), torch.ones(len(column))).sample((rounds,)).double()
+        counts[1:, index] = draws[:, [column[groups[i]] for i in index]]
+    return counts
+
+
+def intervals(rows, base):
+    """Bootstrap rows -> a table of their values and 95 % intervals.
+
+    rows: {name: (1 + R) values, of the data and of each draw}; base: (1 + R), or a number
+    returns {name: {"S", "interval", "difference" (to base), "difference_interval"}}. NaN is a draw
+    in which a set was empty: it is left out, and so is a row whose data is NaN.
+    """
+    ends, table = torch.tensor([0.025, 0.975], dtype=torch.double), {}
+    for name, values in rows.items():
+        minus = values - base  # draw by draw: both come from the same problems
+        if not values[0].isnan():
+            table[name] = {"S": float(values[0]), "interval": values[1:].nanquantile(ends).tolist(),
+                           "difference": float(minus[0]),
+                           "difference_interval": minus[1:].nanquantile(ends).tolist()}
+    return table
+
+
+# ---------------------------------------------------------------- sketches of very long vectors
+
+def random_signs(P, seed=0):
+    """P random signs, -1 or 1 (int8). Sketches can be compared if their signs were the same."""
+    return torch.randint(0, 2, (P,), dtype=torch.int8,
+                         generator=torch.Generator().manual_seed(seed)).mul_(2).sub_(1)
+
+
+def sketch(tensors, signs, D=65521):
+    """D numbers (fp32) in place of a vector of P, which comes in pieces, tensors of any shapes.
+
+    Number j is the sum of all entries i with i mod D = j, each with its random sign. In the dot
+    product of two sketches the terms of different entries cancel on average. What is left is the
+    vectors' own dot product, up to an error of about 1 / sqrt(D) of the product of their norms
+    (feature hashing, arXiv:0902.2206). D should be a prime, as 65,521: one that divides the width
+    of a weight matrix would put a whole heavy column on one number.
+    """
+    numbers, start = torch.zeros(D, device=signs.device), 0
+    for x in tensors:
+        signed = x.flatten() * signs[start:start + x.numel()]
+        end = start + len(signed)
+        # Zeros on both sides put entry i into column i mod D of whole rows.
+        numbers += F.pad(signed, (start % D, -end % D)).view(-1, D).sum(0, dtype=torch.float)
+        start = end
+    return numbers
+
+
+# ---------------------------------------------------------------- self-correction (Figure 6)
+
+def phrase_pattern(phrases=("wait", "however", "let me check")):
+    """Matches a text that has one of these phrases, as whole words, in capitals or not."""
+    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)

@@ -12,10 +12,14 @@ import torch
 from conftest import ROOT, random_qwen
 
 import similarity
-from similarity import Reference, accumulate, score
+from common.metrics import phrase_pattern, random_signs, sketch
+from common.policy import load_policy
+from common.responses import SETS, Response, encode, sets_of
+from similarity import accumulate, activation
 
-ITEMS = [([5, 9, 17, 30, 7, 8], 3), ([5, 9, 40, 41, 42, 43, 44], 2), ([100, 3, 200, 60], 1), ([9, 9, 11, 12, 90], 2)]
-SETS_OF = [{0, 1}, {0}, {2, 3}, {2}]  # of the items: two of math, two of code, the first of each selected
+ITEMS = [([5, 9, 17, 30, 7, 8], 3), ([5, 9, 40, 41, 42, 43, 44], 2), ([100, 3, 200, 60], 1),
+         ([9, 9, 11, 12, 90], 2)]
+SETS_OF = [{"Math", "Math_PRM"}, {"Math"}, {"Code", "Code_PRM"}, {"Code"}]  # of the items
 
 
 class TwoWeights(torch.nn.Module):
@@ -30,100 +34,136 @@ class TwoWeights(torch.nn.Module):
         return SimpleNamespace(logits=torch.stack([self.a.expand_as(x), self.b * x], dim=-1))
 
 
-def patterns(lm, items):
-    """Â of each item by plain autograd: (N, P) in fp64, parameters in the model's order."""
-    rows, weights = [], list(lm.parameters())
-    for ids, start in items:
-        grads = torch.autograd.grad(score(lm, torch.tensor(ids), start), weights)
-        rows.append(torch.cat([(w * g).abs().flatten() for w, g in zip(weights, grads)]).detach().double())
-    return torch.stack([row / row.norm() for row in rows])
+def members(name):
+    return [item for item, names in zip(ITEMS, SETS_OF) if name in names]
 
+
+def table_of(lm):
+    """S (4, 4) of the four sets over ITEMS, from the sums."""
+    sums = accumulate(lm, ITEMS, SETS_OF)[0].double()
+    sizes = torch.tensor([len(members(name)) for name in SETS])
+    return 100 * sums @ sums.T / (sizes[:, None] * sizes)
+
+
+# ---------------------------------------------------------------- A and S
 
 def test_A_by_hand():
-    """Tokens 1, 1: the logits of token 1's successor are (a, b) = (ln 3 - 1, -1), so p = (3/4, 1/4). F = -log p(1):
-    dF/da = 3/4 and dF/db = 1/4 - 1, so A = (3/4 (ln 3 - 1), 3/4)."""
-    reference, sums = Reference(TwoWeights(math.log(3) - 1, -1.0), sketch=2), torch.zeros(1, 2)
-    reference.accumulate([1, 1], 1, sums, torch.zeros(2))
-    A = 0.75 * torch.tensor([math.log(3) - 1, 1.0])
-    assert torch.allclose(sums[0], A / A.norm())
-    assert float(reference.square) == pytest.approx(float(A.square().sum()))
+    """Tokens 1, 1: after token 1 the logits are (a, b) = (ln 3 - 1, -1), so p = (3/4, 1/4).
+    F = -log p(1): dF/da = 3/4 and dF/db = 1/4 - 1, so A = (3/4 (ln 3 - 1), 3/4)."""
+    A = torch.stack(activation(TwoWeights(math.log(3) - 1, -1.0), [1, 1], 1))
+    assert torch.allclose(A, 0.75 * torch.tensor([math.log(3) - 1, 1.0]))
 
 
-def test_hooks_give_plain_gradients_and_tied_embeddings_count_once():
+def test_S_by_hand():
+    """After token 1 the logits are (a, b): dF/da = p(0) = -dF/db, and A ~ (|a|, |b|) = (3, 4).
+    After token 0 they are (a, 0): b has no gradient, and A ~ (1, 0). The cosine of the two is 3/5."""
+    S = similarity.similarity(TwoWeights(-3.0, 4.0), [([1, 1], 1)], [([0, 1], 1)])
+    assert float(S) == pytest.approx(60)
+
+
+def test_tied_embeddings_count_once():
     lm = random_qwen()
-    want = patterns(lm, ITEMS)
     assert lm.lm_head.weight is lm.model.embed_tokens.weight
-    reference = Reference(lm)
-    assert reference.P == want.shape[1] == sum(p.numel() for p in lm.parameters())
-    for item, row in zip(ITEMS, want):
-        sums = torch.zeros(1, reference.P)
-        reference.accumulate(*item, sums, torch.zeros(reference.D))
-        assert torch.allclose(sums[0].double(), row, atol=1e-6)
+    A = activation(lm, *ITEMS[0])
+    assert sum(a.numel() for a in A) == sum(p.numel() for p in lm.parameters())
+
+
+@pytest.mark.parametrize("one", SETS)
+@pytest.mark.parametrize("two", SETS)
+def test_one_vector_a_set_is_the_double_sum(one, two):
+    want = similarity.similarity(random_qwen(), members(one), members(two))
+    got = table_of(random_qwen())[SETS.index(one), SETS.index(two)]
+    assert float(got) == pytest.approx(float(want), rel=1e-5)
+
+
+def test_no_gradient_is_left():
+    lm = random_qwen()
+    accumulate(lm, ITEMS, SETS_OF)
     assert all(p.grad is None for p in lm.parameters())
 
 
-def test_low_memory_holds_no_gradient_and_changes_nothing():
-    found, held = [], []
-    for low_memory in (False, True):
-        lm, most = random_qwen(), [0]
-        reference = Reference(lm, low_memory=low_memory)
-        for p in lm.parameters():  # called after similarity's own hook on the same tensor
-            p.register_post_accumulate_grad_hook(lambda _, lm=lm, most=most: most.append(
-                sum(q.grad is not None for q in lm.parameters())))
-        found.append(accumulate(reference, ITEMS, SETS_OF))
-        held.append((max(most), len(list(lm.parameters()))))
-    (all_held, tensors), (none_held, _) = held
-    assert all_held == tensors and none_held == 0
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+def mean_logit(F, ids, start):
+    ids = torch.tensor([ids])
+    logits = F(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - start + 1).logits
+    return logits[0, :-1].gather(1, ids[0, start:, None]).mean()
 
 
-def similarities(lm, **keywords):
-    """(4, 4) S of the four sets over ITEMS, from the accumulated vectors, and the parts that add up to it."""
-    reference = Reference(lm, **keywords)
-    groups = similarity.products(accumulate(reference, ITEMS, SETS_OF)[0], reference.spans)
-    size = torch.tensor([sum(k in s for s in SETS_OF) for k in range(4)]).double()
-    return 100 * sum(groups.values()) / (size[:, None] * size), groups
+nll = similarity.loss
 
 
-def test_one_vector_a_set_is_the_double_sum():
-    A, (found, groups) = patterns(random_qwen(), ITEMS), similarities(random_qwen())
-    for i, j in itertools.product(range(4), repeat=2):
-        pairs = [float(x @ y) for x, s in zip(A, SETS_OF) for y, t in zip(A, SETS_OF) if i in s and j in t]
-        assert float(found[i, j]) == pytest.approx(100 * sum(pairs) / len(pairs), rel=1e-5)
-    assert torch.equal(found, found.T)
-    assert float(found[1, 1]) == pytest.approx(100, rel=1e-5)  # one response with itself
-    assert set(groups) == {"embedding", "norm"} | {f"{k} {n}" for k in ("attention", "MLP", "norm") for n in (0, 1)}
-
-
-def test_sign_and_scale_of_F_cancel():
-    nll, logprob, logit = (similarities(random_qwen(), how=how)[0] for how in ("nll", "logprob", "logit"))
-    assert torch.allclose(nll, logprob, rtol=1e-4)
-    assert not torch.allclose(nll, logit, rtol=1e-2)
+@pytest.mark.parametrize("other, same", [
+    (lambda F, ids, start: -(len(ids) - start) * nll(F, ids, start), True), (mean_logit, False),
+], ids=["log-probability", "mean logit"])
+def test_sign_and_scale_of_F_cancel(monkeypatch, other, same):
+    want = table_of(random_qwen())
+    monkeypatch.setattr(similarity, "loss", other)
+    assert torch.allclose(table_of(random_qwen()), want, rtol=1e-4 if same else 1e-2) == same
 
 
 def test_params_takes_the_weights_it_names():
     lm = random_qwen()
-    assert set(Reference(lm, params=r"1\.mlp").spans) == {n for n, _ in lm.named_parameters() if ".1.mlp." in n}
+    sums, _ = accumulate(lm, ITEMS, SETS_OF, params=r"1\.mlp")
+    assert sums.shape[1] == sum(p.numel() for n, p in lm.named_parameters() if ".1.mlp." in n)
     with pytest.raises(ValueError, match="no weight's name matches"):
-        Reference(lm, params="nothing")
+        accumulate(lm, ITEMS, SETS_OF, params="nothing")
+
+
+def test_no_pattern_is_an_error():
+    with pytest.raises(ValueError, match="norm 0.0: there is no pattern"):
+        accumulate(TwoWeights(0.0, 0.0), [([1, 1], 1)], [{"Math"}])
+
+
+# ---------------------------------------------------------------- sketches and controls
+
+def test_sketch_by_hand():
+    """D = 3, entries 1 2 3 4 | 5 6 7 with signs + - + - | + + -: 1 - 4 - 7, -2 + 5, 3 + 6."""
+    pieces = [torch.tensor([[1., 2], [3, 4]]), torch.tensor([5., 6, 7])]
+    signs = torch.tensor([1, -1, 1, -1, 1, 1, -1])
+    assert sketch(pieces, signs, 3).tolist() == [-10, 3, 9]
 
 
 def test_sketch_error_falls_with_the_root_of_D():
-    """The error of the cosines, root mean square over 24 seeds, times sqrt(D): nearly the same from D = 31 to 251."""
-    exact, scaled = patterns(random_qwen(layers=1, hidden=16), ITEMS), []
-    for D in (32, 96, 256):
+    """Root mean square error of a product of unit vectors over 200 seeds, times sqrt(D): near 1."""
+    generator, scaled = torch.Generator().manual_seed(0), []
+    x, y = (torch.rand(2, 1000, generator=generator) ** 8).unbind()
+    x, y = x / x.norm(), y / y.norm()
+    for D in (31, 97, 251):
         errors = []
-        for seed in range(24):
-            reference = Reference(random_qwen(layers=1, hidden=16), sketch=D, seed=seed)
-            kept = accumulate(reference, ITEMS, SETS_OF)[1].double()
-            errors.append((kept @ kept.T - exact @ exact.T).triu(1))
-        scaled.append(float(torch.stack(errors).square().mean() * reference.D) ** 0.5)
-    assert max(scaled) < 1.5 * min(scaled)
+        for seed in range(200):
+            signs = random_signs(1000, seed)
+            errors.append(float(sketch([x], signs, D) @ sketch([y], signs, D) - x @ y))
+        scaled.append(math.sqrt(D * sum(e * e for e in errors) / len(errors)))
+    assert max(scaled) < 1.3 * min(scaled)
+    assert 0.5 < scaled[0] < 2
 
 
-ROWS = [{"question": f"How many {n}?", "domain": d, "picked": 1, "samples": [
-            {"steps": [f"{n}+{k}={n + k}", end], "correct": k == 1} for k, end in enumerate(("Answer: 1", "Wait, 2"))]}
-        for d in ("math", "code") for n in (1, 2)]
+def test_the_mean_over_random_subsets_is_S_of_all():
+    """Two problems, two responses to each, one of them selected: a random subset has either."""
+    responses = []
+    for domain, problem, selected in itertools.product(("math", "code"), "ab", (False, True)):
+        responses.append(Response(domain, problem, "x", sets_of(domain, selected, None)))
+    draws = similarity.random_subsets(responses, 4000, 0)
+    assert draws.sum(1).unique().tolist() == [4]  # as many as are selected
+    assert torch.allclose(draws.mean(0), torch.full((8,), 0.5).double(), atol=0.03)
+
+
+@pytest.mark.parametrize("text, has_one", [
+    ("Wait, no", True), ("LET ME CHECK", True), ("await", False)])
+def test_phrase_pattern(text, has_one):
+    assert bool(phrase_pattern().search(text)) == has_one
+
+
+# ---------------------------------------------------------------- files, errors, ranks
+
+def sample_rows():
+    """Two problems a domain, two samples each; the second is selected, and correct."""
+    rows = []
+    for domain, n in itertools.product(("math", "code"), (1, 2)):
+        samples = [{"steps": [f"{n}+1={n + 1}", "Answer: 1"], "correct": False},
+                   {"steps": [f"{n}+2={n + 2}", "Wait, 2"], "correct": True}]
+        question = f"How many {n}?"
+        rows.append({"question": question, "domain": domain, "picked": 1, "samples": samples})
+    return rows
 
 
 def write(file, rows):
@@ -131,41 +171,76 @@ def write(file, rows):
     return str(file)
 
 
-def test_three_forms_of_sets_agree(tmp_path, lm_folder, capsys):
-    """Picked of sample rows = the same as stepwise rows and as plain responses in files of their own."""
-    picked, files, tables = write(tmp_path / "rows.jsonl", ROWS), [], []
-    for d in ("math", "code"):
-        rows = [(r["question"], s["steps"], i) for r in ROWS if r["domain"] == d for i, s in enumerate(r["samples"])]
-        files += [write(tmp_path / d, [{"prompt": q, "completions": s} for q, s, _ in rows]),
-                  write(tmp_path / f"{d}_prm", [{"prompt": q, "response": "\n".join(s)} for q, s, i in rows if i])]
-    for sets in ([picked], files):
-        similarity.main(["--model", str(lm_folder), "--sets", *sets, "--json", str(tmp_path / "s.json"),
-                         "--plot", str(tmp_path / "s.png")])
-        tables.append(json.loads((tmp_path / "s.json").read_text()))
-    assert tables[0]["responses"] == tables[1]["responses"] == {"Math": 4, "Math_PRM": 2, "Code": 4, "Code_PRM": 2}
-    one, other = ([x["S"] for name, x in t["table"].items() if name.startswith("S(")] for t in tables)
+def stepwise(rows):
+    return [{"prompt": r["question"], "completions": r["samples"][k]["steps"]}
+            for r, k in itertools.product(rows, (0, 1))]
+
+
+def selected(rows):
+    steps = [(r["question"], r["samples"][r["picked"]]["steps"]) for r in rows]
+    return [{"prompt": question, "response": "\n".join(x)} for question, x in steps]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, lm_folder):
+    """{number of files: what --json has}: sample rows in one or two files, the same ones as
+    stepwise rows and plain responses in four."""
+    folder, rows, results = tmp_path_factory.mktemp("sets"), sample_rows(), {}
+    math_rows, code_rows = rows[:2], rows[2:]
+    forms = [[rows], [math_rows, code_rows],
+             [stepwise(math_rows), selected(math_rows), stepwise(code_rows), selected(code_rows)]]
+    for form in forms:
+        files = [write(folder / f"{k}.jsonl", x) for k, x in enumerate(form)]
+        json_file = folder / "s.json"
+        similarity.main(["--model", str(lm_folder), "--sets", *files, "--json", str(json_file)])
+        results[len(files)] = json.loads(json_file.read_text())
+    return results
+
+
+@pytest.mark.parametrize("files", [2, 4])
+@pytest.mark.parametrize("pair", similarity.TABLE_2, ids="-".join)
+def test_all_forms_of_sets_agree(results, files, pair):
+    one, other = (results[n]["table"]["S({}, {})".format(*pair)]["S"] for n in (1, files))
     assert one == pytest.approx(other, abs=1e-3)
-    assert "correct only" in tables[0]["table"] and "correct only" not in tables[1]["table"]
-    assert [x["share"] for x in tables[0]["phrases"].values()] == [0.5, 1, 0.5, 1]  # the selected ones say "Wait"
-    assert (tmp_path / "s.png").stat().st_size > 1000 and "random subsets" in capsys.readouterr().out
 
 
-def test_overlong_responses_are_cut_and_counted(tokenizer):
-    r = [similarity.Response(0, "How many?", "1+1=2\n" * 50, None, {0})]
-    whole, none = similarity.encode(tokenizer, r, "\n", 10 ** 6)
-    items, cut = similarity.encode(tokenizer, r, "\n", 40)
-    assert (none, cut) == (0, 1) and items[0] == (whole[0][0][:40], whole[0][1])
+@pytest.mark.parametrize("files, controls", [(1, True), (2, True), (4, False)])
+def test_what_is_judged_has_controls(results, files, controls):
+    assert results[files]["responses"] == {"Math": 4, "Math_PRM": 2, "Code": 4, "Code_PRM": 2}
+    assert ("correct only" in results[files]["table"]) == controls
+    assert "selected, tokens shuffled" in results[files]["table"]
+
+
+def test_S_of_the_correct_ones(results):
+    """Exactly the selected ones are correct here: by sketch and exactly, the same S."""
+    table = results[1]["table"]
+    assert table["correct only"]["S"] == pytest.approx(table["S(Math_PRM, Code_PRM)"]["S"], abs=0.5)
+
+
+def test_overlong_responses_are_cut_and_counted(lm_folder):
+    policy, r = load_policy(lm_folder), [Response("math", "How many?", "1+1=2\n" * 50, {"Math"})]
+    whole, none = encode(policy, r)
+    policy.context = 40
+    items, cut = encode(policy, r)
+    assert (none, cut) == (0, 1)
+    assert items[0] == (whole[0][0][:40], whole[0][1])
+    policy.context = 2
     with pytest.raises(ValueError, match="no token of the response in a context of 2"):
-        similarity.encode(tokenizer, r, "\n", 2)
+        encode(policy, r)
 
 
 @pytest.mark.parametrize("text, want", [
     ("", "no responses in Math, Math_PRM, Code, Code_PRM"),
-    ('{"domain": "math", "question": "q", "picked": 0, "samples": [{"steps": [""]}]}\n', "rows.jsonl:1: an empty"),
-    ('{"domain": "math", "question": "q", "samples": [{"steps": ["a"]}]}\n', "rows.jsonl:1: no field 'picked'"),
-    ('{"domain": "math", "question": "q", "picked": 0, "samples": []}\n{"prompt', "rows.jsonl:2: not JSON"),
+    ('{"domain": "math", "question": "q", "picked": 0, "samples": [{"steps": [""]}]}\n',
+     "rows.jsonl:1: an empty"),
+    ('{"domain": "math", "question": "q", "samples": [{"steps": ["a"]}]}\n',
+     "rows.jsonl:1: no field 'picked'"),
+    ('{"domain": "math", "question": "q", "picked": 0, "samples": []}\n{"prompt',
+     "rows.jsonl:2: not JSON"),
     ('{"prompt": "q", "domain": "math", "completions": [1]}\n', "rows.jsonl:1: sequence item 0"),
-])
+    ('{"prompt": "q", "domain": "law", "completions": ["a"]}\n',
+     "rows.jsonl:1: domain: math or code"),
+], ids=["nothing", "empty", "not picked", "no JSON", "no text", "no domain"])
 def test_errors_are_one_line(tmp_path, lm_folder, capsys, text, want):
     (tmp_path / "rows.jsonl").write_text(text)
     with pytest.raises(SystemExit):
@@ -173,15 +248,21 @@ def test_errors_are_one_line(tmp_path, lm_folder, capsys, text, want):
     assert want in capsys.readouterr().err.strip().splitlines()[-1]
 
 
+def test_a_server_has_no_gradients(capsys):
+    with pytest.raises(SystemExit):
+        similarity.main(["--policy", "http://localhost:1/v1"])
+    assert "search.py" in capsys.readouterr().err
+
+
 def test_two_ranks_give_what_one_gives(tmp_path):
     """From sampling, judging and selecting to the gradients."""
     arguments = ["--limit", "3", "--N", "3", "--json"]
     similarity.main([*arguments, str(tmp_path / "1")])
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
-                    ROOT / "similarity.py", *arguments, tmp_path / "2"], check=True, capture_output=True, cwd=tmp_path,
-                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    subprocess.run([*torchrun, ROOT / "similarity.py", *arguments, tmp_path / "2"], check=True,
+                   capture_output=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
     one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
-    assert one["responses"] == two["responses"] == {"Math": 9, "Math_PRM": 3, "Code": 9, "Code_PRM": 3}
-    one, two = one["table"], two["table"]
-    for a, b in zip(one.values(), two.values(), strict=True):
+    assert one["responses"] == {"Math": 9, "Math_PRM": 3, "Code": 9, "Code_PRM": 3}
+    assert two["responses"] == one["responses"]
+    for a, b in zip(one["table"].values(), two["table"].values(), strict=True):
         assert [a["S"], *a["interval"]] == pytest.approx([b["S"], *b["interval"]], abs=1e-4)
