@@ -26,6 +26,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.rnn import pad_sequence
@@ -188,8 +189,8 @@ def train(args, stop):
     rank, world, device = distributed(args.device)
     device, out = torch.device(device), Path(args.out)
     group, master = args.accumulate * world, rank == 0
-    if args.fsdp and world == 1:
-        raise ValueError("--fsdp needs torchrun and more than one process")
+    if args.fsdp and not dist.is_initialized():
+        raise ValueError("--fsdp needs torchrun")
     bf16 = (args.dtype or ("bfloat16" if device.type == "cuda" else "float32")) == "bfloat16"  # CPUs: with AMX
     multiple = 8 if bf16 else 1
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
@@ -240,7 +241,7 @@ def train(args, stop):
     model = prm
     if args.fsdp:
         shard(prm, device, bf16)
-    elif world > 1:
+    elif dist.is_initialized():
         model = DistributedDataParallel(prm, gradient_as_bucket_view=True)
 
     # -------- optimizer: decay on matrices only, a learning rate of its own for the new head
@@ -303,7 +304,7 @@ def train(args, stop):
         for g in optimizer.param_groups:
             g["lr"] = g["peak_lr"] * schedule(step)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=world == 1)  # DDP's buckets stay the gradients: else both are held
+        optimizer.zero_grad(set_to_none=not dist.is_initialized())  # DDP's buckets stay: else both are held
 
         seconds = time.perf_counter() - started
         row_lengths = [lengths[i] for rows in micros for i in rows]

@@ -30,14 +30,15 @@ def distributed(device=None):
         raise ValueError(f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
     if device != "cpu":
         torch.cuda.set_device(device)
-    if world > 1 and not dist.is_initialized():
+    # torchrun starts a group of one process, too: DDP, nccl and --fsdp can be tried on one GPU
+    if (world > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
                                 timeout=timedelta(days=2))  # ranks meet when all are done, and some are done early
         # Left to the interpreter's end, the group's threads may still run then, and the process aborts.
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         # But nccl's end waits for the other ranks, who may wait for this one: a rank that fails must not come there.
         sys.excepthook = lambda *error, show=sys.excepthook: (show(*error), leave(1))
-    return (dist.get_rank() if world > 1 else 0), world, device
+    return (dist.get_rank() if dist.is_initialized() else 0), world, device
 
 
 def leave(code):
