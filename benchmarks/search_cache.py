@@ -4,6 +4,7 @@ path again, and what the policy's prompts share is left to vLLM), and best-of-N 
 same seeds, one run.
 
     python benchmarks/search_cache.py                # the tiny models, and a random Qwen2 of 4 layers, 256 wide
+    python benchmarks/search_cache.py --device cuda  # in fp32, too
 
 Prints, for 16 candidates a step and about 10 steps: PRM tokens, policy tokens prefilled, seconds, the ratios, the
 largest difference between scores, and the peak memory of the cache with its formula.
@@ -79,6 +80,11 @@ def run(policy, prm, problems):
 
 
 def compare(name, policy_of, prm, problems):
+    """Print the table -> {"PRM tokens": (cached, re-encoded), "policy prefilled", "seconds", "same": candidates,
+    "apart": scores}."""
+    if prm.backbone.device.type == "cuda":
+        run(policy_of(), prm, problems[:1])  # the first call of each kernel loads it
+    prm.tokens = 0
     policy = policy_of()
     cached, seconds = run(policy, prm, problems)
     prm_tokens, prefilled = prm.tokens, policy.prefilled
@@ -96,19 +102,27 @@ def compare(name, policy_of, prm, problems):
     depth = sum(max(n.depth for n in s.sampled) for s in cached) / len(cached)
     print(f"\n{name}: {len(problems)} problems, {len(mine)} candidates, {depth:.1f} steps deep on average")
     print(f"{'':<24}{'cached':>12}{'re-encoded':>12}{'ratio':>8}")
-    for what, a, b in (("PRM tokens", prm_tokens, other.tokens), ("policy prefilled", prefilled, plain.prefilled),
-                       ("seconds", seconds, slow_seconds)):
+    costs = {"PRM tokens": (prm_tokens, other.tokens), "policy prefilled": (prefilled, plain.prefilled),
+             "seconds": (seconds, slow_seconds)}
+    for what, (a, b) in costs.items():
         print(f"{what:<24}{a:>12,.1f}{b:>12,.1f}{b / a:>8.1f}")
     print(f"same candidates: {same}; largest difference of scores {apart:.1e}")
     held, tokens = watched.most
     print(f"cache at its peak: {held / 2**20:.1f} MiB = {tokens:,} tokens (both models) x 2 x layers "
           f"{config.num_hidden_layers} x kv heads {config.num_key_value_heads} x head dimension "
           f"{config.hidden_size // config.num_attention_heads} x 4 bytes")
+    return {**costs, "same": same, "apart": apart}
 
 
-def best_of_n(problems, n):
+def tiny(problems, device):
+    prm = load_prm(ROOT / "tiny" / "prm", device, "float32")
+    return compare("tiny models", lambda: load_policy(ROOT / "tiny" / "A", device, "float32", max_step_tokens=40,
+                                                      max_steps=20), prm, problems)
+
+
+def best_of_n(problems, n, device):
     """Tokens up to the end of text a second: ours against generate, all problems in one padded batch each."""
-    policy = load_policy(ROOT / "tiny" / "A", max_step_tokens=40, max_steps=8)
+    policy = load_policy(ROOT / "tiny" / "A", device, "float32", max_step_tokens=40, max_steps=8)
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     policy.complete(roots, n)  # warm up
     started, before = time.perf_counter(), policy.generated
@@ -116,6 +130,7 @@ def best_of_n(problems, n):
     ours = (policy.generated - before) / (time.perf_counter() - started)
     tok = policy.tokenizer
     batch = tok([p.question + "\n" for p in problems], return_tensors="pt", padding=True, padding_side="left")
+    batch = batch.to(device)
     batch.pop("token_type_ids", None)
 
     def generate():
@@ -131,16 +146,16 @@ def best_of_n(problems, n):
           f"generate {useful / seconds:,.0f}, ratio {ours * seconds / useful:.2f}")
 
 
-def wide(problems):
+def wide(problems, device, max_steps=10):
     """A random model writes no steps, so its text comes from a fixed sampler: a line end after 25 tokens on average,
-    the end of the solution after 10 steps. The forwards are the model's own."""
+    the end of the solution after max_steps. The forwards are the model's own."""
     torch.manual_seed(0)
     tokenizer = load_policy(ROOT / "tiny" / "A").tokenizer
     models = [Qwen2ForCausalLM(Qwen2Config(
         vocab_size=512, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=1024, tie_word_embeddings=True, eos_token_id=1, pad_token_id=0,
-        bos_token_id=None)).eval() for _ in range(2)]
-    line_end, letters = tokenizer("\n")["input_ids"][0], torch.tensor(tokenizer("abcdefgh")["input_ids"])
+        bos_token_id=None)).eval().to(device) for _ in range(2)]
+    line_end, letters = tokenizer("\n")["input_ids"][0], torch.tensor(tokenizer("abcdefgh")["input_ids"], device=device)
 
     def scripted(logits, keys, t, temperature, top_p):
         u, v = policy_module.uniform(keys, t), policy_module.uniform(keys ^ 12345, t)
@@ -148,22 +163,24 @@ def wide(problems):
         return token, logits.float().log_softmax(-1).gather(-1, token[:, None])[:, 0]
     prm = PRM(models[1].model, tokenizer, separator="\n").eval()
     real, policy_module.sample = policy_module.sample, scripted
-    compare("random Qwen2, 4 layers x 256",
-            lambda: Policy(models[0], tokenizer, "\n", max_step_tokens=64, max_steps=10), prm, problems)
-    policy_module.sample = real
+    try:
+        return compare("random Qwen2, 4 layers x 256", lambda: Policy(
+            models[0], tokenizer, "\n", max_step_tokens=64, max_steps=max_steps), prm, problems)
+    finally:
+        policy_module.sample = real
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--limit", type=int, default=20, help="problems (20)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda (cpu)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     problems = tasks.load("tiny-math", limit=args.limit)
-    compare("tiny models", lambda: load_policy(ROOT / "tiny" / "A", max_step_tokens=40, max_steps=20),
-            load_prm(ROOT / "tiny" / "prm"), problems)
-    wide(problems)
-    best_of_n(problems, 16)
+    tiny(problems, args.device)
+    wide(problems, args.device)
+    best_of_n(problems, 16, args.device)
 
 
 if __name__ == "__main__":

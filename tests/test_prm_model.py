@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import random_qwen
+from conftest import DEVICE, random_qwen
 from safetensors.torch import load_file, save_file
 
 from common.policy import Policy
@@ -25,7 +25,7 @@ def plain_score(prm, question, steps):
     scores = []
     for t in range(1, len(steps) + 1):
         text = question + "\n" + "".join(s + "\n" for s in steps[:t])
-        ids = prm.tokenizer(text, return_tensors="pt")["input_ids"]
+        ids = prm.tokenizer(text, return_tensors="pt")["input_ids"].to(DEVICE)
         with torch.inference_mode():
             scores.append(prm.head(prm.backbone(input_ids=ids).last_hidden_state[0, -1]).sigmoid().item())
     return scores
@@ -69,11 +69,11 @@ def test_padding_neighbours_and_a_last_layer_on_the_labelled_positions_only_do_n
         prm.zero_grad()
         for batch in pairs:
             encoded = [prm.encode(q, s) for q, s in batch]
-            ids = torch.zeros(len(batch), max(len(x) for x, _ in encoded), dtype=torch.long)
+            ids = torch.zeros(len(batch), max(len(x) for x, _ in encoded), dtype=torch.long, device=DEVICE)
             for row, (x, _) in enumerate(encoded):
                 ids[row, :len(x)] = torch.tensor(x)
-            rows = torch.tensor([row for row, (_, at) in enumerate(encoded) for _ in at])
-            forward(ids, rows, torch.tensor([p for _, at in encoded for p in at])).sum().backward()
+            rows = torch.tensor([row for row, (_, at) in enumerate(encoded) for _ in at], device=DEVICE)
+            forward(ids, rows, torch.tensor([p for _, at in encoded for p in at], device=DEVICE)).sum().backward()
         return torch.cat([p.grad.flatten() for p in prm.parameters() if p.grad is not None])
     pairs = list(zip(QUESTIONS, SOLUTIONS))
     together, apart, uncut = gradient([pairs]), gradient([[p] for p in pairs]), gradient([pairs], whole)
@@ -86,7 +86,8 @@ def test_padding_neighbours_and_a_last_layer_on_the_labelled_positions_only_do_n
 
 def test_a_compiled_backbone_is_compiled_once_for_all_shapes(prm):
     graphs, sizes = [], ((2, 9, 3), (3, 14, 5), (4, 20, 6), (2, 30, 7))  # B, T, M
-    batches = [(torch.randint(5, 50, (B, T)), torch.arange(M) % B, torch.arange(T - M, T)) for B, T, M in sizes]
+    with torch.device(DEVICE):
+        batches = [(torch.randint(5, 50, (B, T)), torch.arange(M) % B, torch.arange(T - M, T)) for B, T, M in sizes]
     plain = [prm(*batch) for batch in batches]
     torch._dynamo.reset()
     prm.backbone.compile(dynamic=True, backend=lambda graph, _: graphs.append(graph) or graph.forward)
@@ -102,7 +103,7 @@ def test_aggregations():
 def test_save_and_load_give_the_same_scores(prm, tmp_path):
     prm.save(tmp_path / "prm")
     prm.save(tmp_path / "prm")  # over an old one
-    again = load_prm(tmp_path / "prm")
+    again = load_prm(tmp_path / "prm", DEVICE, "float32")
     assert again.format == prm.format and again.score(QUESTIONS, SOLUTIONS) == prm.score(QUESTIONS, SOLUTIONS)
     assert [f.name for f in tmp_path.iterdir()] == ["prm"]
 
@@ -163,7 +164,7 @@ def test_the_command_shows_each_step_with_its_probability(prm, tmp_path, capsys)
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": QUESTIONS[1], "completions": SOLUTIONS[1], "labels": [1, 1, 1]}
     rows.write_text(json.dumps(row) + "\n{oops\n")
-    main(["--prm", str(tmp_path / "prm"), "--file", str(rows), "--limit", "1"])
+    main(["--prm", str(tmp_path / "prm"), "--file", str(rows), "--limit", "1", "--device", DEVICE])
     lines = capsys.readouterr().out.splitlines()
     want = plain_score(prm, QUESTIONS[1], SOLUTIONS[1])
     assert [line for line in lines if "=" in line or "Answer" in line] == [
