@@ -159,6 +159,7 @@ def main(argv=None):
     if args.stage:
         return run_stage(args.stage, args.device, out)
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # by together(), which ends the stages
     out.mkdir(parents=True, exist_ok=True)
     for name in STAGES:
         (out / f"{name}.jsonl").unlink(missing_ok=True)

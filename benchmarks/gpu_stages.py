@@ -48,10 +48,11 @@ def searches(device, folder):
     wanted = dict(zip(("math", "code"), printed))
     for dtype in ("float32", "bfloat16"):
         file = folder / f"{dtype}.json"
-        started = time.perf_counter()
-        search.main(["--strategy", "beam", "--limit", str(problems), "--device", device,
-                     "--dtype", dtype, "--json", str(file)])
-        spent = time.perf_counter() - started
+        for limit in sorted({1, problems}):  # the first call of each kernel loads it
+            started = time.perf_counter()
+            search.main(["--strategy", "beam", "--limit", str(limit), "--device", device,
+                         "--dtype", dtype, "--json", str(file)])
+            spent = time.perf_counter() - started
         summary = json.loads(file.read_text())
         told = []
         for domain, want in wanted.items():
@@ -67,9 +68,10 @@ def searches(device, folder):
 # ---------------------------------------------------------------- train.py: resumed, DDP, FSDP
 
 def train_flags(device, out, dtype, accumulate, *more):
-    return ["--model", str(ROOT / "tiny" / "xs"), "--samples", "400", "--val-fraction", "0.2",
-            "--batch-size", "8", "--max-steps", "20", "--eval-every", "10", "--device", device,
-            "--out", str(out), "--dtype", dtype, "--accumulate", str(accumulate), *more]
+    return ["--model", str(ROOT / "tiny" / "xs"), "--samples", "200", "--val-fraction", "0.1",
+            "--epochs", "9", "--batch-size", "4", "--max-steps", "20", "--eval-every", "10",
+            "--device", device, "--dtype", dtype, "--accumulate", str(accumulate),
+            "--out", str(out), *more]
 
 
 # name: flags, plain run to compare with, tolerance. FSDP's bf16 rounds norms and residuals, too,
