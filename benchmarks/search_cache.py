@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from common import policy as policy_module  # noqa: E402
 from common import tasks  # noqa: E402
 from common.driver import Search, run_together  # noqa: E402
-from common.policy import Node, Policy, load_policy  # noqa: E402
+from common.policy import Node, Policy, child_key, load_policy  # noqa: E402
 from prm_model import PRM, aggregate, load_prm  # noqa: E402
 from search import beam_extended as beam  # noqa: E402
 
@@ -144,6 +144,33 @@ def best_of_n(problems, n, device):
     useful = int(((ended.cumsum(1) - ended) == 0).sum())
     print(f"\nbest-of-{n} on {len(problems)} problems, tokens up to the end of text a second: ours {ours:,.0f}, "
           f"generate {useful / seconds:,.0f}, ratio {ours * seconds / useful:.2f}")
+
+
+def decode_rates(policy, prompts, n, new):
+    """Best-of-N as its users call it -> tokens a second, ours and generate's. prompts (B, T): token ids. No token ends
+    a text before `new` tokens: all samples are equally long."""
+    policy.max_step_tokens = policy.max_solution_tokens = new
+    policy.eos_ids, policy.eos = [-1], torch.tensor([-1], device=prompts.device)
+
+    def ours():
+        roots = [Node("", ids=ids, key=child_key(0, i)) for i, ids in enumerate(prompts.tolist())]
+        return sum(end.tokens() for ends in policy.complete(roots, n) for end in ends)
+
+    @torch.inference_mode()
+    def generate():
+        out = policy.lm.generate(prompts, attention_mask=torch.ones_like(prompts), do_sample=True, top_k=0,
+                                 max_new_tokens=new, num_return_sequences=n)
+        return out[:, prompts.shape[1]:].numel()
+    rates = []
+    for sampler in (ours, generate):
+        sampler()  # loads kernels, takes memory
+        torch.get_device_module(prompts.device).synchronize()
+        started = time.perf_counter()
+        tokens = sampler()
+        torch.get_device_module(prompts.device).synchronize()
+        rates.append(tokens / (time.perf_counter() - started))
+        assert tokens == len(prompts) * n * new, f"{sampler.__name__} wrote {tokens} tokens"
+    return rates
 
 
 def wide(problems, device, max_steps=10):

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# What only a GPU can show, in four minutes on an H100 (an estimate; never more than ten), without a download: tests,
-# search, training and its resume, DDP, FSDP, the tree cache, speed and memory. Ends with a table to paste into an issue.
+# What only a GPU can show, without a download, in at most ten minutes: tests, search, training and
+# its resume, DDP, FSDP, the tree cache, speed and memory. Prints a table to paste into an issue.
 #
 #   bash recipes/gpu_check.sh                  # all GPUs that there are; OUT=runs/gpu_check
 #   bash recipes/gpu_check.sh --only decode    # some of the stages
-#   bash recipes/gpu_check.sh --device cpu     # the same stages in tiny sizes, a minute: are they in order?
+#   bash recipes/gpu_check.sh --device cpu     # the same stages in tiny sizes: are they in order?
 #
-# OUT/STAGE.log has what each stage printed, OUT/table.md the table. Exit status 1 if a stage failed.
+# OUT/STAGE.log has what each stage printed, OUT/table.md the table. Exit status 1: a stage failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1}
