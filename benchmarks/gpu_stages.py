@@ -80,8 +80,7 @@ def train_flags(device, out, dtype, accumulate, *more):
     return ["--model", str(TINY / "xs"), "--out", str(out), *flags.split(), *more]
 
 
-# name: flags, plain run to compare with, tolerance. FSDP's bf16 rounds norms and residuals, too,
-# which autocast leaves in fp32; what is left in fp32 is the order of sums.
+# name: flags, plain run, tolerance. FSDP's bf16 rounds norms and residuals, autocast's does not.
 RANKED = {"DDP": (("bfloat16", 2), "plain", 0.01),
           "FSDP": (("bfloat16", 2, "--fsdp"), "plain", 0.1),
           "FSDP in fp32": (("float32", 2, "--fsdp"), "fp32", 1e-3)}
