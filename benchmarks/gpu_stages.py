@@ -56,9 +56,9 @@ def searches(device, folder):
     problems = size_of(device).problems
     printed = re.findall(r"beam search 4x4 +(\d\.\d+)", (ROOT / "README.md").read_text())
     for dtype in ("float32", "bfloat16"):
-        file = folder / f"{dtype}.jsonl"
-        flags = f"--strategy beam --device {device} --dtype {dtype} --overwrite --limit".split()
+        flags = f"--strategy beam --device {device} --dtype {dtype} --limit".split()
         for limit in sorted({1, problems}):  # the first call of each kernel loads it
+            file = folder / f"{dtype}-{limit}.jsonl"
             search.main([*flags, str(limit), "--out", str(file)])
         texts = []
         for domain, want in zip(("math", "code"), map(float, printed)):
