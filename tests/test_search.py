@@ -10,7 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import DEVICE, ROOT, TINY, two_devices
 
 import search
 from common.driver import Search, run_together
@@ -178,7 +178,7 @@ def test_budgets_are_respected_within_one_call(strategy, options):
 
 @pytest.mark.parametrize("strategy, options", [(beam, {"k": 2, "m": 2}), (mcts, {"m": 2, "simulations": 9, "c": 1.0})])
 def test_a_search_that_is_over_gives_its_memory_back(strategy, options):
-    policy, prm = load_policy(TINY / "A"), load_prm(TINY / "prm")
+    policy, prm = load_policy(TINY / "A", DEVICE, "float32"), load_prm(TINY / "prm", DEVICE, "float32")
     for tokens in (40, math.inf):
         s = Search(policy.root("p", "Ann has 7 shells. In January she finds 5. How many now?"), strategy,
                    {**options, "path_score": total, "reward": total}, tokens)
@@ -257,7 +257,8 @@ def test_problems_searched_together_are_searched_as_alone():
 
 # ---------------------------------------------------------------- the script, on the shipped models
 
-SMALL = ["--strategy", "beam", "--task", "tiny-math", "--limit", "4", "--max-step-tokens", "40", "--max-steps", "16"]
+SMALL = ["--strategy", "beam", "--task", "tiny-math", "--limit", "4", "--max-step-tokens", "40", "--max-steps", "16",
+         "--device", DEVICE, "--dtype", "float32"]
 
 
 def results(file):
@@ -278,6 +279,7 @@ def one_process(tmp_path_factory):
     return results(out)
 
 
+@two_devices
 def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
     out = tmp_path / "rows.jsonl"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "search.py",
@@ -341,7 +343,7 @@ def test_an_output_that_exists_is_not_overwritten(tmp_path, capsys):
 def test_the_shipped_policy_writes_the_recorded_text():
     """A checkpoint that loads wrongly, or a forward that is subtly off, does not write this."""
     from common.policy import load_policy
-    policy = load_policy(TINY / "A", temperature=0, max_step_tokens=40, max_steps=16)
+    policy = load_policy(TINY / "A", DEVICE, "float32", temperature=0, max_step_tokens=40, max_steps=16)
     question = ("Ann has 6 shells. In January she finds 5. In February she doubles them. In March she loses 4. "
                 "In April she sells half. In May she buys 4. How many now?")
     [[end]] = policy.complete([policy.root("p", question)], 1)

@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import DEVICE, two_devices
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 import train
@@ -49,8 +49,8 @@ def home(tmp_path_factory):
 
 def flags(home, out, *more):
     return ["--data", f"{home}/rows.jsonl", "--model", f"{home}/model", "--out", str(out), "--val-fraction", "0.2",
-            "--batch-size", "4", "--eval-every", "3", "--max-steps", "8", "--epochs", "4", "--device", "cpu",
-            "--accumulate", "1", *map(str, more)]
+            "--batch-size", "4", "--eval-every", "3", "--max-steps", "8", "--epochs", "4",
+            "--device", DEVICE, "--dtype", "float32", "--accumulate", "1", *map(str, more)]
 
 
 def read_log(out, kind="train"):
@@ -67,6 +67,11 @@ def close(a, b, tolerance=1e-5):
     return len(steps_a) == len(steps_b) and all(
         x[0] == y[0] and abs(x[1] - y[1]) < tolerance and abs(x[2] - y[2]) < 100 * tolerance * (1 + x[2])
         for x, y in zip(steps_a, steps_b)) and evals_a == pytest.approx(evals_b, abs=tolerance)
+
+
+def same(a, b):
+    """The very losses; on a GPU, whose kernels may add in any order, the same up to that."""
+    return losses(a) == losses(b) if DEVICE == "cpu" else close(a, b)
 
 
 # ---------------------------------------------------------------- loss and figures, by hand
@@ -176,6 +181,7 @@ def test_split_by_problem_and_shares(home, tmp_path):
 
 def test_a_set_as_the_hub_has_it(home, tmp_path, monkeypatch):
     """A folder with data/train-*.parquet: datasets.load_dataset takes the same way as for trl-lib/math_shepherd."""
+    datasets = pytest.importorskip("datasets")
     rows = [row for _, row in read_set(f"{home}/rows.jsonl")][:3]
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
@@ -365,10 +371,10 @@ def test_resumed_is_uninterrupted(home, whole, tmp_path, monkeypatch, how, last)
         assert len(list(out.glob("checkpoint-*"))) == 1
     monkeypatch.undo()
     result = train.main(flags(home, out, "--resume"))
-    assert losses(out) == losses(whole[0]), at
+    assert same(out, whole[0]), at
     assert result["best_step"] == whole[1]["best_step"]
     a, b = load_prm(out).state_dict(), load_prm(whole[0]).state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.allclose(a[k], b[k], rtol=0, atol=0 if DEVICE == "cpu" else 1e-4) for k in a)
 
 
 def test_kill_9_and_resume(home, whole, tmp_path):
@@ -386,7 +392,7 @@ def test_kill_9_and_resume(home, whole, tmp_path):
     with open(tmp_path / "out" / "log.jsonl", "a") as file:
         file.write('{"kind": "tra')  # a line cut off by the kill
     train.main([*argv, "--resume"])
-    assert losses(tmp_path / "out") == losses(whole[0]), at
+    assert same(tmp_path / "out", whole[0]), at
 
 
 def test_resume_with_other_settings_is_refused(home, tmp_path, capsys, monkeypatch):
@@ -509,6 +515,7 @@ def ranks(home, tmp_path_factory):
     return folder, ends
 
 
+@two_devices
 @pytest.mark.parametrize("two, one, tolerance", [
     ("ddp", "one x 2", 1e-5), ("ddp x 2", "one x 4", 1e-5), ("fsdp", "ddp", 1e-5), ("fsdp x 2", "ddp x 2", 1e-5),
     ("ddp cut", "ddp", 1e-12), ("fsdp cut", "fsdp", 1e-9)])
@@ -518,6 +525,7 @@ def test_two_ranks_are_one_with_twice_the_accumulation(ranks, two, one, toleranc
     assert close(folder / two, folder / one, tolerance)
 
 
+@two_devices
 def test_early_stopping_ends_both_ranks_after_the_same_step(ranks):
     first, second = ranks[1]["early"]
     assert first == second
@@ -526,6 +534,7 @@ def test_early_stopping_ends_both_ranks_after_the_same_step(ranks):
     assert steps < 8
 
 
+@two_devices
 def test_weights_of_fsdp_are_those_of_one_rank(ranks):
     folder, _ = ranks
     sharded, whole = (load_prm(folder / name).state_dict() for name in ("fsdp", "one x 2"))
