@@ -7,6 +7,7 @@ from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
 FLOORS = [f"common.{x}" for x in "run data judge answers loaders tasks cache policy server metrics checkpoint".split()]
+FLOORS += ["common.solutions"]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
 FLOORS += ["paper.label_noise", "paper.bars", "tiny.make"]
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in FLOORS]
