@@ -26,7 +26,7 @@ from pathlib import Path
 from common import run, tasks
 from common.data import first_wrong
 from common.policy import add_policy_flags, load_policy_flags
-from common.solutions import collect, judge_votes, report
+from common.solutions import collect, hard_labels, judge_votes, report
 
 
 def soft_label(c, k):
@@ -221,10 +221,8 @@ def annotate(solutions, voters, judge=None, k=8, labels="hard", how="all", vote_
         place = s.first_error = consensus(list(s.votes.values()), how)
         if place is None:
             s.dropped = "no consensus"
-        elif labels == "soft":
-            s.labels = s.values()
-        else:  # wrong stays wrong
-            s.labels = [place < 0 or t < place for t in range(len(s.steps))]
+        else:  # hard: wrong stays wrong
+            s.labels = s.values() if labels == "soft" else hard_labels(place, len(s.steps))
 
 
 # ---------------------------------------------------------------- the command

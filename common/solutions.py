@@ -61,6 +61,11 @@ class Solution:
         return record
 
 
+def hard_labels(place, T):
+    """The labels of T steps by the first wrong one: wrong stays wrong."""
+    return [place < 0 or t < place for t in range(T)]
+
+
 # ---------------------------------------------------------------- where solutions come from
 
 def collect(args):
