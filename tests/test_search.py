@@ -18,6 +18,7 @@ from common.node import Node
 from common.policy import load_policy
 from prm_model import load_prm
 from search import (
+    TEXTBOOK,
     arg_max,
     choose,
     merge,
