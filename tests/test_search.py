@@ -152,16 +152,6 @@ def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
     assert N[b] > N[a]
 
 
-def test_rows_of_ids_and_texts_that_are_unusual_come_back(tmp_path):
-    """U+2028 is a line end to str.splitlines() but not to JSONL; equal ids cannot be told apart."""
-    rows = [{"id": "1", "text": "a\u2028b"}, {"id": "2", "text": "c"}]
-    for resume in (False, True):
-        found = search.journaled(tmp_path / "x", rows, lambda some: some, resume=resume)
-        assert found == rows
-    with pytest.raises(ValueError, match="1 ids occur more than once, '1'"):
-        search.journaled(None, [rows[0], rows[0]], lambda some: some)
-
-
 def test_mcts_widens_where_it_visits():
     """Three samples are bad, the fourth is good: at the root's fourth visit three more are drawn."""
     late = {"": [("a", 0.1, True)] * 3 + [("b", 0.9, True)]}
