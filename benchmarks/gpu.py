@@ -30,7 +30,7 @@ LIMITS = {"cuda": (170, 570), "cpu": (600, 1800)}  # seconds at most, of a stage
 
 
 def machine(device, folder):
-    import transformers
+    import transformers  # takes seconds: not at the top
     hardware = f"no GPU: a dry run in tiny sizes on {os.cpu_count()} CPUs"
     if device == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory / 1e9
@@ -80,7 +80,7 @@ def table_rows(name, device, out, limit):
             os.killpg(process.pid, signal.SIGKILL)
     lines = file.read_text(errors="replace").strip().splitlines()
     texts = [line.removeprefix("ROW ") for line in lines if line.startswith("ROW ")]
-    if process.wait() or not texts:
+    if process.wait() or not texts:  # killed: -9. A stage without a row has failed, too
         texts.append(f"FAILED: {end}: {lines[-1][:300] if lines else 'it printed nothing'}")
     seconds = [f"{time.perf_counter() - started:.0f}", *[""] * (len(texts) - 1)]
     return [f"| {name} | {text.replace('|', '/')} | {s} |" for text, s in zip(texts, seconds)]
@@ -117,7 +117,7 @@ def main(argv=None):
         rows = table_rows(name, args.device, out, min(limit, left))
         print(*rows, sep="\n", flush=True)
         table += rows
-    failed = sum("| FAILED" in row for row in table)
+    failed = sum("| FAILED" in row for row in table)  # its other rows stay
     table.append(f"| all | {failed} failed | {time.perf_counter() - started:.0f} |")
     print(table[-1])
     (out / "table.md").write_text("\n".join(table) + "\n")

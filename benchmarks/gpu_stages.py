@@ -199,7 +199,7 @@ def speed_row(folder, world, name, accumulate, *more):
                  for key in ("tokens_per_second", "mfu"))
     return (f"{label}{rate:,.0f} tokens/s, MFU {mfu:.1%}, peak memory "
             f"{log[-1]['peak_memory'] / 1e9:.1f} GB; rows of {log[0]['length_quantiles'][1]:.0f} "
-            f"tokens, {accumulate} micro-batches a step")
+            f"tokens, {accumulate} micro-batches each")
 
 
 def speed_ranks(device, folder):

@@ -364,10 +364,13 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
     return Policy(model.to(device).eval(), tokenizer, separator, name=f"policy:{path}", **keywords)
 
 
-def add_policy_flags(parser, default=None):
+def add_policy_flags(parser, default=None, without=()):
     """The flags of every script that samples from LLMs; load_policy_flags reads them. No --policy
-    without a default."""
-    a = parser.add_argument
+    without a default; `without`: flags that a script has no use for keep their defaults."""
+    def a(flag, **keywords):
+        if flag not in without:
+            return parser.add_argument(flag, **keywords)
+        parser.set_defaults(**{flag[2:].replace("-", "_"): keywords.get("default")})
     if default:
         a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
     a("--policy-model", help="a server's name of the model; a hub id brings its chat template")

@@ -7,7 +7,8 @@ from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
 FLOORS = ["run", "data", "judge", "answers", "loaders", "tasks", "node", "cache", "policy", "published",
-          "examples", "server", "metrics", "results", "driver", "responses", "samples", "checkpoint"]
+          "examples", "server", "metrics", "results", "driver", "responses", "samples", "solutions",
+          "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
 FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.figures", "tiny.make"]
