@@ -37,7 +37,7 @@ def hard_label(c):
     return c > 0      # right if any of them ends right: [c > 0] = [c / k > 0]
 
 
-def monte_carlo(policy, prefixes, k, early=True):
+def monte_carlo(policy, prefixes, k, early=True):  # README, step 2
     """Values of prefixes, c / k, by k rollouts of each (Wang et al. 2024, arXiv 2312.08935).
 
     early: stop at a prefix's first success, which settles its hard label; its value is too high.
@@ -57,7 +57,7 @@ def monte_carlo(policy, prefixes, k, early=True):
     return [soft_label(p.c, p.n) for p in prefixes]
 
 
-def first_wrong_steps(paths, ends_right, estimate):
+def first_wrong_steps(paths, ends_right, estimate):  # README, step 3
     """The first wrong step of every solution by binary search (Luo et al. 2024, arXiv 2406.06592).
 
     paths       of each solution its prefixes; path[t] are the steps 0..t
@@ -97,7 +97,7 @@ def linear_scan(paths, ends_right, estimate):
     return places, values
 
 
-def consensus(votes, how="all"):
+def consensus(votes, how="all"):  # README, step 4
     """The first wrong step that enough voters name, or None: paper 2.1, "data filtering".
 
     "Only those *steps* where all LLMs agree on the error location are retained". We retain whole
@@ -157,7 +157,7 @@ def rollout_votes(policy, solutions, k=8, search=first_wrong_steps, early=True):
 
 # ---------------------------------------------------------------- from solutions to labels
 
-def write_solutions(sampler, groups):
+def write_solutions(sampler, groups):  # README, step 1
     """Step 1: sample the solutions that are not written yet. groups: of one problem each."""
     unwritten = [group for group in groups if group[0].steps is None]
     problems = [group[0].problem for group in unwritten]

@@ -60,7 +60,7 @@ class PRM(nn.Module):
             raise ValueError(f"{base_model or name}: the tokenizer has no token for the separator "
                              f"{separator!r}")
 
-    def forward(self, ids_BT, rows_M, positions_M):
+    def forward(self, ids_BT, rows_M, positions_M):  # README, step 5
         """Logits (M), of p = sigmoid(logit), of the steps that end at (rows_M, positions_M).
 
         ids_BT is padded on the right. Attention is causal, so that padding needs no mask.

@@ -46,12 +46,12 @@ from prm_model import AGGREGATIONS, aggregate, load_prm
 # ------------------------------------------------------------ the textbook: Appendix B.4
 
 
-def arg_max(rewards):
+def arg_max(rewards):  # README, step 6
     """B.4.1: index of the best solution, arg max_i R_i. The first of equals wins."""
     return max(range(len(rewards)), key=rewards.__getitem__)  # max() keeps the first
 
 
-def mode(answers, weights=None):
+def mode(answers, weights=None):  # README, step 6
     """B.4.4: index of the first solution with the most frequent answer, Mode({A_1, ..., A_N}).
 
     weights: the R_i make it the PRM-weighted vote, arg max over answers of their solutions' sum
@@ -73,7 +73,7 @@ def best_of_n(root, n, **_):
 majority_vote = best_of_n  # B.4.4: the same N solutions, of which mode() takes the common answer
 
 
-def beam(root, k, m, path_score, **_):
+def beam(root, k, m, path_score, **_):  # README, step 6
     """B.4.2: expand each of K paths by M steps, keep the K best, until all of them are finished.
 
         Top Paths = Select Top K from { sum_{t=1..T} R(x_t) },   R(x_t) = p_t
@@ -88,7 +88,7 @@ def beam(root, k, m, path_score, **_):
         paths = sorted(candidates, key=path_score, reverse=True)[:k]  # stable: first of equals
 
 
-def uct_select(s, children, N, Q, c):
+def uct_select(s, children, N, Q, c):  # README, step 6
     """The child to follow:  UCT(s, a) = Q(s, a) + c * sqrt(ln N(s) / N(s, a))   (B.4.3)
 
     Q(s, a)  mean value backed up through child a, in [0, 1]; c is in the same units
@@ -100,7 +100,7 @@ def uct_select(s, children, N, Q, c):
     return max(children, key=uct)
 
 
-def mcts(root, m, simulations, c, reward, **_):
+def mcts(root, m, simulations, c, reward, **_):  # README, step 6
     """B.4.3: Monte Carlo tree search. Returns the visits N and each expanded node's children."""
     N = Counter()
     Q = defaultdict(float)

@@ -54,7 +54,7 @@ CLIP = 1.0                # largest norm of the gradient
 FREE = ("out", "resume", "overwrite", "device", "accumulate")
 
 
-def prm_loss(logits_M, labels_M):
+def prm_loss(logits_M, labels_M):  # README, step 5
     """Step-level binary cross-entropy, Eq. 2 before its division by N -> (sum over M steps, M).
 
         L = -1/N sum_i [ y_i log p_i + (1 - y_i) log(1 - p_i) ],   p_i = sigmoid(logit_i)

@@ -7,7 +7,7 @@
 #   POLICY=http://localhost:8000/v1 SERVED=Qwen/Qwen2.5-7B-Instruct bash recipes/qwen_1gpu.sh    # sampled by vLLM
 #
 # Restartable. Every setting below can be set from outside; TRAIN, TEST, CODE and ERRORS are local files in place of
-# the hub's. Estimates, not measurements, of memory and hours on one H100 stand beside each stage: README, "One GPU".
+# the hub's. Estimates, not measurements, of memory and hours on one H100 stand beside each stage: docs/scale.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/qwen} PROCESSES=${PROCESSES:-1} DTYPE=${DTYPE:-bfloat16}
