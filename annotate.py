@@ -234,7 +234,7 @@ def parse(argv):
     a("--policies", nargs="+", default=policies, help="the LLMs that vote; the first one samples")
     a("--judge", help="an instruction LLM that votes by reading the solution")
     a("--samples", type=int, default=4, help="solutions a problem (4)")
-    a("--sampler-temperature", type=float, help="of the solutions: hot for rare mistakes")
+    a("--sampler-temperature", type=run.amount, help="of the solutions: hot for rare mistakes")
     a("--data", nargs="+", help="existing solutions to annotate: JSONL files or hub sets")
     a("--vote-labels", nargs="?", const="good", choices=["good", "bad", "drop"],
       help="the labels of --data vote, too, PRM800K's neutral rating counting as this (good)")
@@ -278,7 +278,9 @@ def main(argv=None):
         sampler = next(iter(voters.values()))
         if (heat := args.sampler_temperature) is not None:
             sampler = load_policy_flags(args, device, args.policies[0], temperature=heat)
-        judge = load_policy_flags(args, device, args.judge, temperature=0) if args.judge else None
+        judge = None
+        if args.judge:  # one answer, not a solution in steps
+            judge = load_policy_flags(args, device, args.judge, temperature=0, max_steps=1)
 
         def make(groups):
             write_solutions(sampler, groups)

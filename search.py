@@ -28,19 +28,10 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from common import tasks
+from common import run, tasks
 from common.driver import Request, Search, run_together
 from common.policy import add_policy_flags, load_policy_flags
 from common.results import by_domain, compare, report, right, sample_rows, show  # noqa: F401
-from common.run import (
-    TINY,
-    add_run_flags,
-    check_run_flags,
-    command_line,
-    distributed,
-    journaled,
-    same_flags,
-)
 from prm_model import AGGREGATIONS, aggregate, load_prm
 
 # ------------------------------------------------------------ the textbook: Appendix B.4
@@ -205,6 +196,8 @@ def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
             [steps] = yield Request([leaf], m)
             drawn[leaf] += m
             children[leaf] = prune(merge(children.get(leaf, []) + steps), threshold)
+            for node in set(steps).difference(children[leaf]):
+                node.forget()
             path.append(uct_select(leaf, children[leaf], N, Q, c))
         yield from simulate_and_back_up(path, N, Q, reward)
     return N, children
@@ -275,7 +268,7 @@ def add_search_flags(parser):
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
     a("--m", "--M", type=int, default=4, help="beam, MCTS: steps sampled below a path, M (4)")
-    a("--c", type=float, default=0.5, help="MCTS: exploration constant of UCT, in units of Q (0.5)")
+    a("--c", type=run.amount, default=0.5, help="MCTS: c of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--textbook", action="store_true", help="beam, MCTS exactly as in B.4, without our additions")
     a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
@@ -283,23 +276,25 @@ def add_search_flags(parser):
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; their mean p_t")
+    a("--prm", nargs="+", default=[str(run.TINY / "prm")], help="folders or hub ids: mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
 
 
 def parse(argv):
-    parser = command_line(__doc__)
+    parser = run.command_line(__doc__)
     a = parser.add_argument
     a("--strategy", required=True, choices=STRATEGIES)
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
     add_search_flags(parser)
-    add_policy_flags(parser, str(TINY / "A"))
-    add_run_flags(parser, limit=50, summary=False)
+    add_policy_flags(parser, str(run.TINY / "A"))
+    run.add_run_flags(parser, limit=50, summary=False)
     args = parser.parse_args(argv)
-    check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
+    run.check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
         parser.error("--aggregate sum is not in [0, 1], which UCT needs")
+    if args.adaptive and (args.strategy != "beam" or args.textbook):
+        parser.error("--adaptive is for --strategy beam, without --textbook")
     if args.choose == "visited" and args.strategy != "mcts":
         parser.error("--choose visited is for --strategy mcts, which counts visits")
     if args.question is not None and not args.question.strip():
@@ -310,7 +305,7 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     with parser:
-        rank, _, device = distributed(args.device)
+        rank, _, device = run.distributed(args.device)
         problems = []
         for task in args.task if not args.question else ():
             problems += tasks.load(task, args.data, limit=args.limit, seed=args.seed)
@@ -333,8 +328,8 @@ def main(argv=None):
                 shown.add(row["domain"])
         return rows
     with parser:
-        same_flags(parser, args)
-        rows = journaled(args.out, problems, search_chunk, chunk=args.concurrent,
+        run.same_flags(parser, args)
+        rows = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
                          resume=args.resume)
     if rank == 0 and not args.question:
         report(rows, args)

@@ -35,7 +35,15 @@ from tqdm import tqdm
 from common import metrics, tasks
 from common.policy import load_policy
 from common.responses import DOMAINS, SETS, Response, encode, need_sets, read_sets, report, sets_of
-from common.run import TINY, command_line, distributed, gather, need_folder, need_positive
+from common.run import (
+    TINY,
+    amount,
+    command_line,
+    distributed,
+    gather,
+    need_folder,
+    need_positive,
+)
 from prm_model import AGGREGATIONS, aggregate, load_prm
 
 TABLE_2 = [("Math_PRM", "Code_PRM"), ("Math_PRM", "Code"), ("Math", "Code_PRM"), ("Math", "Code")]
@@ -206,7 +214,7 @@ def main(argv=None):
     a("--policy", default=str(TINY / "A"), help="folder or hub id")
     a("--prm", default=str(TINY / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward, of the steps' p_t (prod)")
-    a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
+    a("--temperature", type=amount, default=1.0, help="0 is greedy (1)")
     a("--max-solution-tokens", type=int, default=2048, help="tokens of a response (2048)")
     a("--max-batch-tokens", type=int, default=65536, help="lower it to save memory (65536)")
     a("--limit", type=int, help="problems of each task (50), or rows of each file (all)")

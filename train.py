@@ -43,7 +43,7 @@ from common.checkpoint import (
 from common.data import load_data, split
 from common.examples import encode_rows, get_batch, label_text, padded_tokens, plan
 from common.metrics import metrics, peak_flops, peak_memory, step_flops
-from common.run import TINY, command_line, distributed, gather, need_positive
+from common.run import TINY, command_line, distributed, gather, need_positive, share
 from prm_model import load_prm
 
 WEIGHT_DECAY = 0.1        # on matrices only
@@ -301,11 +301,11 @@ def main(argv=None):
     a("--samples", type=int, help="rows drawn from each set (400000 as in §3.1; tiny world: 6000)")
     a("--mask-after-first-error", action="store_true", help="no loss after the first wrong step")
     a("--val-data", nargs="+", help="validation sets (default: problems held out of --data)")
-    a("--val-fraction", type=float, default=0.05, help="share of the problems held out (0.05)")
+    a("--val-fraction", type=share, default=0.05, help="share of the problems held out (0.05)")
     a("--val-samples", type=int, default=1000, help="held-out rows to evaluate on at most (1000)")
     a = parser.add_argument_group("model").add_argument
     a("--model", default=str(TINY / "l"), help="backbone, or a PRM to go on from: folder or hub id")
-    a("--dropout", type=float, default=0.1, help="in the head (0.1)")
+    a("--dropout", type=share, default=0.1, help="in the head (0.1)")
     a("--freeze-backbone", action="store_true", help="train the head only")
     a = parser.add_argument_group("optimization").add_argument
     a("--batch-size", type=int, default=16, help="rows of a micro-batch at most (16)")

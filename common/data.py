@@ -58,10 +58,13 @@ def read_solutions(file):
     """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
     for number, row in read_rows(file):
         try:
-            if "completions" in row:
-                yield row["prompt"], row["completions"]
-            else:
-                yield from [(row["question"], sample["steps"]) for sample in row["samples"]]
+            solutions = [(row.get("prompt"), row["completions"])] if "completions" in row else [
+                (row["question"], sample["steps"]) for sample in row["samples"]]
+            for question, steps in solutions:
+                "".join([question, *steps])  # a TypeError if these are no texts
+                if not isinstance(steps, list):
+                    raise TypeError("the steps are no list")
+                yield question, steps
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row "
                              f"({error!r})") from error

@@ -50,6 +50,8 @@ def _math(row, n):
 def _first_error(row, n):
     """ProcessBench: steps and the index of the first wrong one, from 0; -1 = no error."""
     meta = {"steps": list(row["steps"]), "label": int(row["label"])}
+    if not -1 <= meta["label"] < len(meta["steps"]):
+        raise ValueError(f"label: {meta['label']} is no step's number, nor -1")
     return Problem(str(row["id"]), row["problem"], "math", meta=meta)
 
 

@@ -303,8 +303,9 @@ def decoded_at_once(model):
     size = model.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # keys and values exist twice while rows are dropped; a row has five copies of its logits
-    kv_bytes = 2 * 2 * config.num_hidden_layers * heads * width * size
+    # keys and values exist twice while rows are dropped, and a row that is counted with 256 new
+    # tokens may come to 1,024; a row has five copies of its logits
+    kv_bytes = 4 * 2 * 2 * config.num_hidden_layers * heads * width * size
     logit_bytes = 5 * 4 * config.vocab_size / 256
     memory = torch.cuda.get_device_properties(model.device).total_memory
     return int(memory / 4 / (kv_bytes + logit_bytes))

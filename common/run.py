@@ -240,7 +240,8 @@ def check_run_flags(parser, args, *positive):
     need_folder(parser, args, "json")
     if args.out and not (args.resume or getattr(args, "overwrite", False)):
         for file in begun(Path(args.out)):
-            parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
+            other = "--overwrite" if hasattr(args, "overwrite") else "another --out"
+            parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
 FREE = ("limit", "concurrent", "max_batch_tokens", "device", "json", "out", "resume", "overwrite")
@@ -264,4 +265,4 @@ def same_flags(parser, args, free=FREE):
                     parser.error(f"--resume: {out} was begun with --{name.replace('_', '-')} "
                                  f"{before[name]}, not {flags[name]}")
         out.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(flags) + "\n")
+        write_rows(file, [flags])  # a kill leaves no half of it

@@ -96,17 +96,20 @@ def load(task, data=None, split=None, limit=None, seed=0):
     if task == "livecodebench" and ":" in (split or ""):
         first, _, last = split.partition(":")
         split = None if first or last else split
+    name = task if split in (None, TASKS[task][2]) else f"{task}:{split}"
     problems, questions = [], set()
     for where, row in task_rows(task, data, split, limit, seed):
         if limit is not None and len(problems) >= limit:
             break
-        problem = to_problem(task, where, row, len(problems))
+        problem = to_problem(task, name, where, row, len(problems))
         if (first or last) and not first <= problem.meta["date"][:10] < (last or "9"):
             continue
         if task == "prm800k" and problem.question in questions:
             continue  # its rows are solutions, many to a problem
         problems.append(problem)
         questions.add(problem.question)
+    if not problems:
+        raise ValueError(f"{data or name}: no problems")
     return problems
 
 
@@ -132,8 +135,9 @@ def task_rows(task, data, split, limit, seed):
     return ((f"{task}:{n}", row) for n, row in enumerate(rows, 1))
 
 
-def to_problem(task, where, row, number):
-    """The Problem of a row, by the task's row function or from this project's own form."""
+def to_problem(task, name, where, row, number):
+    """The Problem of a row, by the task's row function or from this project's own form.
+    name: of the task and its split, for rows that have no id."""
     try:
         own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
         make = own_row if own else TASKS[task][0]
@@ -141,7 +145,7 @@ def to_problem(task, where, row, number):
         if not problem.question.strip():
             raise ValueError("empty question")
         if not own and problem.id == str(number):
-            problem.id = f"{task}-{number}"  # a row without id: other tasks have numbers, too
+            problem.id = f"{name}-{number}"  # a row without id: other tasks have numbers, too
         return problem
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError,
             zlib.error, EOFError, RecursionError, pickle.UnpicklingError) as error:
