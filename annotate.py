@@ -40,7 +40,7 @@ def hard_label(c):
 def monte_carlo(policy, prefixes, k, early=True):  # README, step 2
     """Values of prefixes, c / k, by k rollouts of each (Wang et al. 2024, arXiv 2312.08935).
 
-    early: stop at a prefix's first success, which settles its hard label; its value is too high.
+    early: stop at a prefix's first success: it settles the hard label, but makes c / n too high.
     """
     while unknown := [p for p in dict.fromkeys(prefixes) if p.n < k and not (early and p.c > 0)]:
         # Most good prefixes succeed at once, so draw 1 rollout, then 1, 2, 4 more of each.
@@ -64,7 +64,8 @@ def first_wrong_steps(paths, ends_right, estimate):  # README, step 3
     ends_right  of each solution; None: it breaks off before an answer
     estimate    prefixes -> values, as monte_carlo
     returns     (first wrong steps, values[i][t]); a value is None where none was needed
-    Assumes that wrong stays wrong. Then ceil(log2 T) values of T find where it begins.
+    Assumes that wrong stays wrong. Then at most ceil(log2 T) values, of T, find where it begins:
+    T = 7 steps with a known end take 3 values, 24 rollouts at most of k = 8.
     """
     values = [[None] * len(path) for path in paths]
     # The end of a solution needs no rollout: the judge has seen it. One that breaks off does.
@@ -81,8 +82,9 @@ def first_wrong_steps(paths, ends_right, estimate):  # README, step 3
                 low[i] = t
             else:
                 high[i] = t
+    # high has not moved: no prefix was wrong, so the end is the first wrong step, or nothing is
     clean = [right is not False and h == n for right, h, n in zip(ends_right, high, last)]
-    return [-1 if none else h for none, h in zip(clean, high)], values
+    return [-1 if all_right else h for all_right, h in zip(clean, high)], values
 
 
 def linear_scan(paths, ends_right, estimate):

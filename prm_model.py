@@ -11,7 +11,7 @@ at the separator's last token, so one forward scores all steps of a solution.
 --prm takes a folder that train.py wrote, a published Qwen/Qwen2.5-Math-PRM-7B or -72B, or any plain
 backbone, whose head is then untrained (and a warning says so).
 
-Shapes: B solutions, T tokens, M labelled steps, h hidden size.
+Shapes: B solutions, T tokens, M steps that get a p_t (in training: labelled ones), h hidden size.
 """
 import math
 import os
@@ -48,7 +48,7 @@ class PRM(nn.Module):
         self.head = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Dropout(dropout), nn.Linear(h, 1))
         self.head.to(backbone.device, backbone.dtype)
         self.tokenizer = tokenizer
-        self.name = name                          # of its keys and values in the tree cache
+        self.name = name                          # under which the tree cache keeps its states
         self.max_batch_tokens = max_batch_tokens  # padded tokens of one forward that scores
         self.tokens = 0                           # encoded by score() and score_nodes() so far
         self.format = {"separator": separator, "template": template, "system": system,

@@ -1,7 +1,7 @@
 """The four search strategies of §4.2 and B.4: best-of-N, beam search, MCTS, majority voting.
 
     python search.py --strategy beam                 # the tiny world, shipped with this repository
-    python search.py --strategy mcts --textbook      # exactly Appendix B.4, without our additions
+    python search.py --strategy mcts --textbook      # as Appendix B.4 has it, without our additions
     python search.py --strategy mcts --task tiny-code --tokens 2000      # a budget for each problem
     python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In \\
 February she doubles them. In March she loses 9. In April she finds 6. How many now?"
@@ -51,7 +51,7 @@ def mode(answers, weights=None):  # README, step 6
     votes = Counter()
     for i, answer in enumerate(answers):
         if answer is not None:
-            # an unfinished solution has the reward -1: it may not take weight from others
+            # a solution that was cut off has the reward -1: it may not take weight from others
             votes[answer] += max(0.0, weights[i]) if weights else 1.0
     return answers.index(max(votes, key=votes.get)) if votes else 0
 
@@ -84,7 +84,7 @@ def uct_select(s, children, N, Q, c):  # README, step 6
 
     Q(s, a)  mean value backed up through child a, in [0, 1]; c is in the same units
     N(s, a)  times a was followed;  N(s)  visits of s
-    An unvisited child wins outright. The first of equals wins, so a seed always grows one tree.
+    An unvisited child wins outright; of equals the first: a seed always grows the same tree.
     """
     def uct(a):
         return Q[a] + c * math.sqrt(math.log(N[s]) / N[a]) if N[a] else math.inf
@@ -242,7 +242,8 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
 
 
 def choose(rule, search, rewards, answers):
-    """--choose: index of the solution by one of four rules, None if no solution was finished."""
+    """--choose: index of the winner among search.finished, None if that is empty. It holds every
+    solution that ended, also those that fell out of the beam, and MCTS's rollouts."""
     if not rewards:
         return None
     if rule in ("vote", "weighted"):
@@ -270,7 +271,7 @@ def add_search_flags(parser):
     a("--m", "--M", type=int, default=4, help="beam, MCTS: steps sampled below a path, M (4)")
     a("--c", type=run.amount, default=0.5, help="MCTS: c of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
-    a("--textbook", action="store_true", help="beam, MCTS exactly as in B.4, without our additions")
+    a("--textbook", action="store_true", help="beam, MCTS as in B.4, without our additions")
     a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "

@@ -111,7 +111,7 @@ def train(args, stop):
         raise ValueError("--fsdp needs torchrun")
     default_dtype = "bfloat16" if device.type == "cuda" else "float32"
     bf16 = (args.dtype or default_dtype) == "bfloat16"
-    multiple = 8 if bf16 else 1
+    multiple = 8 if bf16 else 1  # of padded lengths: bf16 matrix units want it
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     disable_progress_bar()  # of transformers, at each loading and saving
@@ -195,7 +195,7 @@ def train(args, stop):
     # -------- the loop
     for step in range(progress["step"], len(plans)):
         started = time.perf_counter()
-        # as many micro-batches for each rank, or one rank would wait for ever
+        # pad with empty micro-batches: a rank that had fewer would keep the others waiting for ever
         micros = plans[step] + [[]] * (-len(plans[step]) % world)
         N = sum(len(data[i].labels) for i in chain.from_iterable(micros))  # of all ranks
         loss_sum = torch.zeros((), device=device)
@@ -210,7 +210,7 @@ def train(args, stop):
             with autocast():
                 logits_M = model(ids_BT, rows_M, positions_M)
             micro_sum, _ = prm_loss(logits_M, labels_M)
-            # Eq. 2's division by N; the exchange takes the mean over ranks: undo that
+            # Eq. 2's division by N. The exchange averages gradients over ranks: times world, a sum
             (micro_sum * (world / N)).backward()
             loss_sum += micro_sum.detach()
             outputs.append((micros[j], rows_M, logits_M.detach()))
