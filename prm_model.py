@@ -29,6 +29,7 @@ from transformers.utils import cached_file
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
+from common.models import bos, check
 from common.policy import dtype_of, load_pretrained
 from common.published import TEXTS, load_published
 from common.results import coloured
@@ -81,7 +82,7 @@ class PRM(nn.Module):
             return self.text.prompt(question)
         if self.format["template"] == "plain":
             end = "\n" if self.format["separator"] == "\n" else "\n\n"
-            return self._ids(question) + self._ids(end)
+            return bos(self.tokenizer) + self._ids(question) + self._ids(end)
         messages = [{"role": "user", "content": question}]
         if self.format["system"]:
             messages.insert(0, {"role": "system", "content": self.format["system"]})
@@ -210,9 +211,9 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
                                                 keywords.get("template"), meta)
         form = form or theirs
-    if not hasattr(backbone, "layers"):
-        raise ValueError(f"{path}: a {type(backbone).__name__} is not laid out like Llama and Qwen")
     backbone.to(device)
+    if not meta:
+        check(backbone, path)  # the tree cache computes what this model does, or a ValueError
     torch.manual_seed(seed)  # an untrained head must be the same on every rank
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
               **{"base_model": path} | form | keywords)

@@ -11,6 +11,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForTokenClassification,
     MistralConfig,
@@ -19,9 +21,11 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
-from common.policy import Policy
+from common.models import bos, check
+from common.policy import Policy, load_policy
 from common.published import fold
-from prm_model import load_prm, main
+from common.server import ServerPolicy
+from prm_model import PRM, load_prm, main
 
 QUESTION, STEPS = "Ben has 12 coins. How many?", ["January: 12+5=17", "Wait, 12+5=17", "Answer: 17"]
 SIZES = dict(vocab_size=512, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -196,3 +200,52 @@ def test_folding_loses_nothing_in_bfloat16(labels):
     folded = (hidden @ w["0.weight"].T + w["0.bias"]).relu() @ w["3.weight"].T + w["3.bias"]
     want = z[:, -1:] - z[:, :1] if labels == 2 else z
     assert torch.equal(folded, want)
+
+
+# ------------------------------------------------------------ policies: exact, or refused
+
+
+@pytest.mark.parametrize("load", [load_policy, lambda folder: load_prm(folder, fresh=True)], ids=["policy", "PRM"])
+def test_a_window_longer_than_the_check_is_refused_by_name(tmp_path, tokenizer, load):
+    config = MistralConfig(**SIZES, sliding_window=128)
+    MistralForCausalLM(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="a model of type mistral cannot be used here"):
+        load(tmp_path)
+
+
+def test_the_check_leaves_the_model_as_it_was():
+    lm = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=128)).eval()
+    before, state = lm.config.to_dict(), torch.get_rng_state()
+    with pytest.raises(ValueError, match="mistral"):
+        check(lm, "x")
+    assert lm.config.to_dict() == before
+    assert torch.equal(torch.get_rng_state(), state)
+    lm.config.sliding_window = SIZES["max_position_embeddings"]  # no token is ever outside of this one
+    check(lm, "x")
+
+
+def test_logits_that_the_head_alone_does_not_give_are_refused(monkeypatch):
+    monkeypatch.setattr("common.models.own_logits", lambda lm, hidden: lm.get_output_embeddings()(hidden))
+    with pytest.raises(ValueError, match="of type granite"):
+        check(GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)).eval(), "x")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_is_not_refused(dtype):
+    check(random_qwen(layers=12).to(getattr(torch, dtype)), "x")
+
+
+def test_bos_once_where_the_tokenizer_adds_it(tokenizer):
+    mistral = sentencepiece()
+    assert (bos(tokenizer), bos(mistral)) == ([], [2])
+    policy = Policy(random_qwen(), mistral, "\n")
+    root = policy.root("p", QUESTION)
+    assert root.ids == mistral(QUESTION + "\n")["input_ids"]
+    assert 2 not in policy.adopt(root, STEPS[0]).ids
+    ids, _ = PRM(random_qwen().model, mistral, separator="\n").encode(QUESTION, STEPS)
+    assert [i for i, token in enumerate(ids) if token == 2] == [0]
+
+
+def test_a_server_without_a_template_gets_text_and_adds_the_bos(tokenizer):
+    assert "extra_body" not in ServerPolicy("http://127.0.0.1:9/v1", "m", tokenizer).sampling
