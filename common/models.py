@@ -3,6 +3,8 @@
     check(model, path)       the cache computes what the model does, or a ValueError
     own_logits(lm, hidden)   what the family does behind its LM head included
     bos(tokenizer)           what the tokenizer puts before a text
+
+docs/models.md lists families, exact or refused (python benchmarks/families.py).
 """
 import torch
 

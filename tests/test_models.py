@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import TINY, random_qwen
+from conftest import ROOT, TINY, random_qwen
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers
 from tokenizers.processors import TemplateProcessing
@@ -21,6 +21,7 @@ from transformers import (
     Qwen2ForTokenClassification,
 )
 
+from benchmarks import families
 from common.models import bos, check
 from common.policy import Policy, load_policy
 from common.published import fold
@@ -203,6 +204,20 @@ def test_folding_loses_nothing_in_bfloat16(labels):
 
 
 # ------------------------------------------------------------ policies: exact, or refused
+
+
+@pytest.mark.parametrize("family, verdict", [("cohere", "exact"), ("granite", "exact"), ("mistral, window", "refused"),
+                                             ("gpt2", "refused")])
+def test_the_table_of_families(family, verdict, capsys):
+    assert families.main([family]) == 0
+    row = f"| {family} | {verdict} |"
+    assert capsys.readouterr().out.splitlines()[-1] == row
+    assert row in (ROOT / "docs" / "models.md").read_text()
+
+
+def test_the_table_has_every_family():
+    table = (ROOT / "docs" / "models.md").read_text()
+    assert [name for name in families.FAMILIES if f"| {name} | " not in table] == []
 
 
 @pytest.mark.parametrize("load", [load_policy, lambda folder: load_prm(folder, fresh=True)], ids=["policy", "PRM"])
