@@ -173,12 +173,12 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
     """
     paths = [root]
     while live := [node for node in paths if node.end is None]:
-        breadth = m * (k - len(paths) + len(live)) // len(live)  # of the live ones
+        finished = [node for node in paths if node.end]
+        breadth = m * (k - len(finished)) // len(live)  # a finished path needs no samples
         if adaptive:
             groups = yield from adaptive_breadth(live, breadth)
         else:
             groups = yield Request(live, breadth)
-        finished = [node for node in paths if node.end]
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
         for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
@@ -235,7 +235,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
         options["n"] = math.inf  # as many samples as the budget buys
-    plan = (TEXTBOOK if args.textbook else STRATEGIES)[strategy]
+    plan = (STRATEGIES | TEXTBOOK if args.textbook else STRATEGIES)[strategy]
     if plan is best_of_n and (budgets or args.tokens < math.inf):
         plan = samples_within
     # the id fixes the random numbers: whatever shares the batch, the samples are the same
@@ -300,6 +300,8 @@ def parse(argv):
     check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
         parser.error("--aggregate sum is not in [0, 1], which UCT needs")
+    if args.choose == "visited" and args.strategy != "mcts":
+        parser.error("--choose visited is for --strategy mcts, which counts visits")
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
     return parser, args

@@ -109,7 +109,7 @@ class QwenPRM(Qwen2PreTrainedModel):
         super().__init__(config)
         h = config.hidden_size
         self.model = Qwen2Model(config)
-        self.score = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 2))
+        self.score = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Linear(h, 2))  # wrong, right
         self.post_init()
 
 
@@ -139,10 +139,12 @@ def fold(weight, bias=None):
 
 def load_qwen(path, dtype):
     whole = load_pretrained(QwenPRM, path, dtype=dtype)
-    w = whole.score.state_dict()
-    return whole.model, {"0.weight": w["0.weight"], "0.bias": w["0.bias"],
-                         "3.weight": w["2.weight"][1:] - w["2.weight"][:1],
-                         "3.bias": w["2.bias"][1:] - w["2.bias"][:1]}
+    published = whole.score.state_dict()
+    head = {"0.weight": published["0.weight"], "0.bias": published["0.bias"]}
+    for name in ("weight", "bias"):
+        wrong, right = published[f"2.{name}"].split(1)
+        head[f"3.{name}"] = right - wrong  # layer 2 of ours is the dropout
+    return whole.model, head
 
 
 def load_classifier(path, dtype):
