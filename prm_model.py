@@ -31,7 +31,7 @@ from common.cache import batches, encode_missing
 from common.data import read_solutions
 from common.models import bos, check
 from common.policy import dtype_of, load_pretrained
-from common.published import TEXTS, load_published
+from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed
 
@@ -205,7 +205,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     config = load_pretrained(AutoConfig, path)
     form = getattr(config, "prm", None) or {}
     meta = str(device) == "meta"
-    if form and not meta:
+    if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
         backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path)
     else:
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
@@ -244,18 +244,21 @@ def main(argv=None):
     a("--file", help="JSONL of sample rows or stepwise rows (see common/data.py)")
     a("--fresh-head", action="store_true", help="an untrained head on a plain LM")
     a("--limit", type=int, default=3, help="rows of --file to show (3)")
+    a("--export", metavar="FOLDER", help="write it as vLLM serves it: Qwen2ForProcessRewardModel")
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
-    if not args.file and not (args.question and args.question.strip() and args.steps):
-        parser.error("give --question and --steps, or --file")
+    if not (args.file or args.export or args.question and args.question.strip() and args.steps):
+        parser.error("give --question and --steps, --file, or --export")
     with parser:
+        prm = load_prm(args.prm, distributed(args.device)[2], args.dtype, fresh=args.fresh_head)
+        if args.export:
+            return export(prm, args.export)
         pairs = [(args.question, args.steps)]
         if args.file:
             pairs = list(islice(read_solutions(args.file), args.limit))
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
-        prm = load_prm(args.prm, distributed(args.device)[2], args.dtype, fresh=args.fresh_head)
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
         print(f"\n{question}")
         for step, p in zip(steps, scores):

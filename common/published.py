@@ -9,6 +9,7 @@
 A head of theirs becomes our Linear-ReLU-Linear with one logit, without loss: two labels have
 p = softmax(z)_1 = sigmoid(z_1 - z_0), and a linear u passes a ReLU as u = relu(u) - relu(-u).
 """
+import copy
 import re
 
 import torch
@@ -102,7 +103,7 @@ QWEN = {"separator": "<extra_0>", "template": "chat",
 
 # ------------------------------------------------------------ their weights
 
-class QwenPRM(Qwen2PreTrainedModel):
+class Qwen2ForProcessRewardModel(Qwen2PreTrainedModel):
     """The layout of Qwen/Qwen2.5-Math-PRM-7B and -72B, so that their files can be loaded."""
 
     def __init__(self, config):
@@ -138,7 +139,7 @@ def fold(weight, bias=None):
 
 
 def load_qwen(path, dtype):
-    whole = load_pretrained(QwenPRM, path, dtype=dtype)
+    whole = load_pretrained(Qwen2ForProcessRewardModel, path, dtype=dtype)
     published = whole.score.state_dict()
     head = {"0.weight": published["0.weight"], "0.bias": published["0.bias"]}
     for name in ("weight", "bias"):
@@ -202,3 +203,24 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
     if not load:
         return load_pretrained(AutoModel, path, dtype=dtype), None, form
     return *load(path, dtype), form
+
+
+# ------------------------------------------------------------ ours, as theirs
+
+def export(prm, folder):
+    """Write a PRM as a Qwen2ForProcessRewardModel, which vLLM serves. load_prm reads that, too."""
+    config = copy.deepcopy(prm.backbone.config)
+    if config.model_type != "qwen2":
+        raise ValueError(f"--export: vLLM has no class for a PRM of type {config.model_type}, only "
+                         "for one of type qwen2")
+    config.prm, config.num_labels = prm.format, 2
+    with torch.device("meta"):  # made without weights: they are put in place below
+        whole = Qwen2ForProcessRewardModel(config)
+    first, last = prm.head[0], prm.head[3]
+    second = nn.Linear(config.hidden_size, 2, device=last.weight.device, dtype=last.weight.dtype)
+    # softmax((0, z))_1 = sigmoid(z)
+    second.weight.data = torch.cat([torch.zeros_like(last.weight), last.weight]).detach()
+    second.bias.data = torch.cat([torch.zeros_like(last.bias), last.bias]).detach()
+    whole.model, whole.score = prm.backbone, nn.Sequential(first, nn.ReLU(), second)
+    whole.save_pretrained(folder)
+    prm.tokenizer.save_pretrained(folder)

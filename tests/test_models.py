@@ -24,7 +24,7 @@ from transformers import (
 from benchmarks import families
 from common.models import bos, check
 from common.policy import Policy, load_policy
-from common.published import fold
+from common.published import export, fold
 from common.server import ServerPolicy
 from prm_model import PRM, load_prm, main
 
@@ -189,6 +189,34 @@ def test_a_folder_that_is_no_prm(lm_folder, capsys):
         main(arguments)
     main([*arguments, "--fresh-head"])
     assert "Answer: 17" in capsys.readouterr().out
+
+
+def test_an_exported_prm_gives_the_same_scores(tmp_path):
+    """In the layout of Qwen2.5-Math-PRM, read here without our code, and by load_prm."""
+    folder = tmp_path / "vllm"
+    main(["--prm", str(TINY / "prm"), "--export", str(folder), "--device", "cpu"])
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["architectures"], config["model_type"]) == (["Qwen2ForProcessRewardModel"], "qwen2")
+    prm, again = load_prm(TINY / "prm"), load_prm(folder)
+    want = prm.score([QUESTION], [STEPS])[0]
+    assert again.format == prm.format
+    assert again.score([QUESTION], [STEPS])[0] == pytest.approx(want, abs=1e-6)
+    weights = load_file(folder / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"model", "score"}
+    ids, places = prm.encode(QUESTION, STEPS)
+    with torch.inference_mode():
+        hidden = prm.backbone(input_ids=torch.tensor([ids])).last_hidden_state[0, places]
+        hidden = (hidden @ weights["score.0.weight"].T + weights["score.0.bias"]).relu()
+        z = hidden @ weights["score.2.weight"].T + weights["score.2.bias"]
+    assert z.softmax(-1)[:, 1].tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_other_families_are_not_exported(tmp_path):
+    folder = tmp_path / "math-shepherd-mistral-7b-prm"
+    random_mistral(folder, sentencepiece())
+    with pytest.raises(ValueError, match="no class for a PRM of type mistral, only for one of type qwen2"):
+        export(load_prm(folder), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("labels", [1, 2])
