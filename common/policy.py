@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
+from common.models import bos, check, own_logits
 from common.node import Node, child_key, next_keys
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -163,7 +164,8 @@ class Policy:
         """Tokens of a step, or of the prompt, which has a domain."""
         if domain and self.tokenizer.chat_template:
             return chat_prompt(self.tokenizer, text, domain, tokenize=True)
-        return self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
+        return bos(self.tokenizer) + ids if domain else ids
 
     def adopt(self, node, text):
         """Existing text as a step below a node. Its tokens count as prefilled, not as generated."""
@@ -254,7 +256,7 @@ class Policy:
             logits = head(rows.append(token[:, None])[:, -1])
 
     def _logits(self, hidden):
-        return self.lm.get_output_embeddings()(hidden)
+        return own_logits(self.lm, hidden)
 
     def _stop_at_separators(self, stop, length, token, tokens):
         """Set stop (rows) where the tokens so far end in a separator."""
@@ -361,8 +363,9 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
         return ServerPolicy(path, served, tokenizer, separator=separator or "\n\n", **keywords)
     tokenizer = load_pretrained(AutoTokenizer, path)
     model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype_of(dtype, device))
+    check(model.to(device).eval(), path)
     separator = separator or getattr(model.config, "step_separator", None) or "\n\n"
-    return Policy(model.to(device).eval(), tokenizer, separator, name=f"policy:{path}", **keywords)
+    return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
 
 
 def add_policy_flags(parser, default=None, without=()):

@@ -24,6 +24,8 @@ class ServerPolicy:
                              max_retries=retries, timeout=600)
         self.url = url
         self.served = model
+        if tokenizer and not tokenizer.chat_template:
+            tokenizer = None  # the server gets text, and its own tokenizer adds the BOS
         self.tokenizer = tokenizer
         self.separator = separator
         self.seed = seed
