@@ -189,7 +189,8 @@ def sample(args, separator, rank, world, device):
             names = sets_of(domain, i == best[problem.id], verdicts[i].ok)
             responses.append(Response(domain, problem.question, separator.join(steps), names))
     # In one order for any number of ranks.
-    return sorted(sum(run.gather(responses), []), key=lambda r: (DOMAINS.index(r.domain), r.question))
+    everyone = sum(run.gather(responses), [])
+    return sorted(everyone, key=lambda r: (DOMAINS.index(r.domain), r.question))
 
 
 def main(argv=None):
