@@ -1,4 +1,4 @@
-"""The recipes, line by line with the flags they print, on the tiny world's models; and the GPU check in tiny sizes."""
+"""The recipes, line by line with the flags they print, on the tiny world's models."""
 import json
 import os
 import subprocess
