@@ -55,8 +55,8 @@ def check(model, path):
         difference = float("nan")
         reason = f"does not work ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
     if not difference < TOLERANCE.get(model.dtype, 0.2):  # NaN is refused, too
-        raise ValueError(f"{path}: a model of type {model.config.model_type} cannot be used here: the "
-                         f"tree cache, made for full attention as in Llama and Qwen, {reason}")
+        raise ValueError(f"{path}: a model of type {model.config.model_type} cannot be used here: "
+                         f"the tree cache, made for full attention as in Llama and Qwen, {reason}")
 
 
 @torch.inference_mode()
