@@ -29,8 +29,7 @@ from transformers.utils import cached_file
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.models import bos, check
-from common.policy import dtype_of, load_pretrained
+from common.models import bos, check, dtype_of, load_pretrained
 from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed

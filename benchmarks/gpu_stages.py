@@ -24,7 +24,8 @@ from common import tasks
 from common.checkpoint import read_log
 from common.data import read_rows
 from common.metrics import peak_memory
-from common.policy import Policy, load_pretrained
+from common.models import load_pretrained  # noqa: E402
+from common.policy import Policy
 from common.run import TINY, write_rows
 
 ROOT = TINY.parent

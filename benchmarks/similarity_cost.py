@@ -30,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import similarity  # noqa: E402
-from common.policy import load_policy, load_pretrained  # noqa: E402
+from common.models import load_pretrained  # noqa: E402
+from common.policy import load_policy  # noqa: E402
 from common.responses import SETS, Response, encode, sets_of  # noqa: E402
 from similarity import accumulate, activation, loss  # noqa: E402
 from tiny import world  # noqa: E402

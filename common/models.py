@@ -1,12 +1,23 @@
 """What of a model family the tree cache and the sampler rely on: right, or refused at loading.
 
+    load_pretrained(...)     a model, config or tokenizer from a folder or the hub
     check(model, path)       the cache computes what the model does, or a ValueError
     own_logits(lm, hidden)   what the family does behind its LM head included
     bos(tokenizer)           what the tokenizer puts before a text
 
 docs/models.md lists families, exact or refused (python benchmarks/families.py).
 """
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
 import torch
+from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from common.cache import encode_missing
 from common.node import Node
@@ -90,3 +101,54 @@ def cached_difference(model):
     if backbone is not model:
         pairs.append((plain_logits, own_logits(model, cached)))
     return max(float((x.float() - y.float()).norm() / x.float().norm()) for x, y in pairs)
+
+
+# ------------------------------------------------------------ loading
+
+def is_local(path):
+    """Is asking the hub pointless? Then a wrong name fails at once, not after 25 s of retries."""
+    path = str(path)
+    names_folder = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    in_folder = "/" in path and Path(path).parent.is_dir()  # runs/prm, beside other runs
+    if names_folder or in_folder or Path(path).is_dir():
+        return True
+    if getproxies():  # a proxy resolves the hub's name for us
+        return False
+    try:
+        socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
+    except OSError:
+        return True  # no network: what was downloaded before still loads
+    return False
+
+
+def load_pretrained(kind, path, **keywords):
+    """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
+    would make up. It never runs code from the hub, and never unpickles."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers: a line of noise for each model in a log
+    keywords["local_files_only"] = is_local(path)
+    try:
+        if kind in (AutoConfig, AutoTokenizer):
+            return kind.from_pretrained(path, trust_remote_code=False, **keywords)
+        model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
+                                           output_loading_info=True, **keywords)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:6])
+            raise ValueError(f"weights are missing: {missing}")
+        return model
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if Path(path).is_dir():
+            files = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
+            raise ValueError(f"{path}: cannot load it ({lines[0]}). The folder holds: {files}; "
+                             "needed are config.json, model.safetensors and the tokenizer's "
+                             "files") from error
+        hub = "" if keywords["local_files_only"] else f", and the hub gave: {lines[0]}"
+        raise ValueError(f"{path}: no such folder{hub}. Offline, pass the path of a local folder "
+                         "(made by save_pretrained or `hf download`)") from error
+
+
+def dtype_of(name, device):
+    """A dtype by its name; None is bfloat16 on cuda and float32 elsewhere."""
+    default = "bfloat16" if str(device).startswith("cuda") else "float32"
+    return getattr(torch, name or default)

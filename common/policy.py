@@ -17,11 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
-from common.models import bos, check, own_logits
+from common.models import bos, check, dtype_of, load_pretrained, own_logits
 from common.node import Node, child_key, next_keys
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -314,36 +313,6 @@ def decoded_at_once(model):
 
 
 # ------------------------------------------------------------ loading
-
-def load_pretrained(kind, path, **keywords):
-    """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
-    would make up. It never runs code from the hub, and never unpickles."""
-    try:
-        if kind in (AutoConfig, AutoTokenizer):
-            return kind.from_pretrained(path, trust_remote_code=False, **keywords)
-        model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
-                                           output_loading_info=True, **keywords)
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:6])
-            raise ValueError(f"weights are missing: {missing}")
-        return model
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if Path(path).is_dir():
-            files = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
-            raise ValueError(f"{path}: cannot load it ({lines[0]}). The folder holds: {files}; "
-                             "needed are config.json, model.safetensors and the tokenizer's "
-                             "files") from error
-        raise ValueError(f"{path}: no such folder, and the hub gave: {lines[0]}. Offline, pass the "
-                         "path of a local folder (made by save_pretrained or `hf download`)") \
-            from error
-
-
-def dtype_of(name, device):
-    """A dtype by its name; None is bfloat16 on cuda and float32 elsewhere."""
-    default = "bfloat16" if str(device).startswith("cuda") else "float32"
-    return getattr(torch, name or default)
-
 
 def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **keywords):
     """A Policy from a folder or hub id, or a ServerPolicy from an http:// address.

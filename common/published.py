@@ -23,7 +23,7 @@ from transformers import (
     Qwen2PreTrainedModel,
 )
 
-from common.policy import load_pretrained
+from common.models import load_pretrained
 
 KNOWN = """known are: a folder that train.py wrote; Qwen2ForProcessRewardModel (Qwen2.5-Math-PRM); \
 ...ForTokenClassification with one or two labels (TRL, PURE); Qwen2ForPrmModel \

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -401,7 +402,10 @@ def ranks(home, tmp_path_factory):
             ("ddp x 2", two, 0), ("fsdp x 2", (*two, "--fsdp"), 0)]
     jobs = [(flags(home, folder / name, *more), kill) for name, more, kill in runs]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(two_ranks, (29500 + os.getpid() % 2000, home, jobs, queue), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(two_ranks, (port, home, jobs, queue), nprocs=2)
     ends = {}
     for _ in range(2 * len(jobs)):
         _, out, early, steps = queue.get()
