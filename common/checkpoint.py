@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from common.run import gather, whole_lines, write_rows
@@ -102,8 +103,11 @@ def save_checkpoint(out, model, optimizer, progress):
     """Write OUT/checkpoint-STEP, at once or not at all. Only then the checkpoint before it goes."""
     partial, final = out / "checkpoint.partial", out / f"checkpoint-{progress['step']:08d}"
     weights, moments = states.get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial,
-             no_dist=not dist.is_initialized())
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial,
+                 no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # no Exception: a full disk would be a page of traceback
+        raise OSError(f"{partial}: {str(error).strip().splitlines()[-1]}") from None
     if is_master():
         (partial / "progress.json").write_text(json.dumps(progress))
         os.replace(partial, final)
