@@ -262,7 +262,7 @@ def same_flags(parser, args, free=FREE):
             before = json.loads(file.read_text())
             for name in flags:
                 if name in before and before[name] != flags[name]:  # a new flag may be missing
-                    parser.error(f"--resume: {out} was begun with --{name.replace('_', '-')} "
-                                 f"{before[name]}, not {flags[name]}")
+                    parser.error(f"{out} was begun with --{name.replace('_', '-')} "
+                                 f"{before[name]}, not {flags[name]}: take another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         write_rows(file, [flags])  # a kill leaves no half of it
