@@ -2,7 +2,6 @@
 95 % intervals over problems (Wilson for shares, bootstrap for the rest).
 """
 import random
-import re
 import resource
 import statistics
 import sys
@@ -209,7 +208,3 @@ def sketch(tensors, signs, D=65521):
 
 
 # ---------------------------------------------------------------- self-correction (Figure 6)
-
-def phrase_pattern(phrases=("wait", "however", "let me check")):
-    """Matches a text that has one of these phrases, as whole words, in capitals or not."""
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)
