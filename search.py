@@ -91,9 +91,8 @@ def uct_select(s, children, N, Q, c):  # README, step 6
     return max(children, key=uct)
 
 
-def mcts(root, m, simulations, c, reward, **_):  # README, step 6
-    """B.4.3: Monte Carlo tree search. Returns the visits N and each expanded node's children."""
-    N = Counter()
+def mcts(root, m, simulations, c, reward, N, **_):  # README, step 6
+    """B.4.3: Monte Carlo tree search. N, an empty Counter, is left with the visits."""
     Q = defaultdict(float)
     children = {}
     for _ in range(simulations):
@@ -104,7 +103,6 @@ def mcts(root, m, simulations, c, reward, **_):  # README, step 6
             [children[path[-1]]] = yield Request([path[-1]], m)
             path.append(children[path[-1]][0])  # none has been visited: take the first
         yield from simulate_and_back_up(path, N, Q, reward)
-    return N, children
 
 
 def simulate_and_back_up(path, N, Q, reward):
@@ -176,14 +174,13 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
-def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
+def mcts_extended(root, m, simulations, c, reward, N, threshold=PRUNE, **_):
     """MCTS with merged equal steps, pruning, late expansion and progressive widening.
 
     An LLM's actions cannot be listed, and M first samples may all be wrong: a node draws M more at
     each square number of visits (Coulom 2007, https://inria.hal.science/inria-00149266). A leaf is
     rolled out on its first visit and expanded on its second: most leaves are visited once.
     """
-    N = Counter()
     Q = defaultdict(float)
     children = {}
     drawn = Counter()
@@ -200,7 +197,6 @@ def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
                 node.forget()
             path.append(uct_select(leaf, children[leaf], N, Q, c))
         yield from simulate_and_back_up(path, N, Q, reward)
-    return N, children
 
 
 def samples_within(root, left, n=math.inf, **_):
@@ -216,6 +212,7 @@ def samples_within(root, left, n=math.inf, **_):
 
 
 STRATEGIES = {**TEXTBOOK, "beam": beam_extended, "mcts": mcts_extended}
+RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # of --choose
 
 
 # ------------------------------------------------------------ from problems to sample rows
@@ -237,25 +234,36 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
     with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
         run_together(searches, policy, prms, progress)
-    rule = args.choose or ("vote" if strategy == "majority" else "argmax")
-    return searches, sample_rows(problems, searches, strategy, choose, rule, policy.separator)
+    rows = sample_rows(problems, searches, strategy, policy.separator)
+    for row in rows:
+        row["picked"] = choose(row, args.choose or RULES[strategy], args.aggregate)
+    return searches, rows
 
 
-def choose(rule, search, rewards, answers):
-    """--choose: index of the winner among search.finished, None if that is empty. It holds every
-    solution that ended, also those that fell out of the beam, and MCTS's rollouts."""
-    if not rewards:
+def choose(row, rule, how, tokens=math.inf):
+    """--choose: index of a sample row's best solution, None if there is none. Every solution that
+    ended counts, also one that fell out of the beam, and each of MCTS's rollouts.
+
+    tokens: a smaller budget, of which the search would have got the first solutions only.
+    """
+    samples = [s for s in row["samples"] if s["spent"] <= tokens]
+    R = rewards(samples, how)
+    if not samples:
         return None
-    if rule in ("vote", "weighted"):
-        return mode(answers, rewards if rule == "weighted" else None)
-    if rule == "visited" and search.result:  # not when the budget ended the search
-        N, children = search.result
-        node = search.root
-        while node in children:
-            node = max(children[node], key=N.__getitem__)
-        below = [i for i, (_, _, end) in enumerate(search.finished) if node in end.line()]
-        return max(below, key=rewards.__getitem__, default=arg_max(rewards))
-    return arg_max(rewards)
+    if rule == "visited":  # at each node the most visited child; below the last the best reward
+        return max(range(len(R)), key=lambda i: (samples[i]["visits"], R[i]))
+    if rule == "argmax":
+        return arg_max(R)
+    return mode([s["answer"] for s in samples], R if rule == "weighted" else None)
+
+
+def rewards(samples, how):
+    """R_i of each sample; one that was cut off has no answer and ranks below all others."""
+    R = []
+    for s in samples:
+        p = [x for x in s["scores"] if x is not None]
+        R.append(-1.0 if s.get("end") == "length" else aggregate(p, how))
+    return R
 
 
 # ------------------------------------------------------------ main
@@ -275,7 +283,7 @@ def add_search_flags(parser):
     a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
-           "visited (default: vote for majority, else argmax)")
+           "visited (default: vote for majority, weighted for MCTS, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
     a("--prm", nargs="+", default=[str(run.TINY / "prm")], help="folders or hub ids: mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
@@ -287,6 +295,7 @@ def parse(argv):
     a("--strategy", required=True, choices=STRATEGIES)
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
+    a("--no-baseline", action="store_true", help="no plain samples of the same tokens beside it")
     add_search_flags(parser)
     add_policy_flags(parser, str(run.TINY / "A"))
     run.add_run_flags(parser, limit=50, summary=False)
@@ -318,20 +327,27 @@ def main(argv=None):
 
     def search_chunk(chunk):
         searches, rows = solve(chunk, args.strategy, policy, prms, args)
-        pools = rows
-        if args.strategy not in ("best_of_n", "majority"):  # the same tokens without search
-            budgets = [max(1, search.generated) for search in searches]
-            _, pools = solve(chunk, "best_of_n", policy, prms, args, budgets)
-        for search, row, pool in zip(searches, rows, pools):
-            row["compared"] = compare(row, pool)
+        for search, row in zip(searches, rows):
             if rank == 0 and row["domain"] not in shown:
                 show(search, row)
                 shown.add(row["domain"])
         return rows
+
+    def baseline_chunk(chunk):
+        budgets = [max(1, spent[problem.id]) for problem in chunk]
+        return solve(chunk, "best_of_n", policy, prms, args, budgets)[1]
     with parser:
         run.same_flags(parser, args)
-        rows = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
-                         resume=args.resume)
+        rows = pools = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
+                                     resume=args.resume)
+        if args.question or args.no_baseline:
+            pools = []
+        elif args.strategy not in ("best_of_n", "majority"):  # the same tokens without search
+            spent = {row["id"]: row["cost"]["policy_generated"] for row in run.gather(rows)[0]}
+            pools = run.journaled(args.out and f"{args.out}.baseline", problems, baseline_chunk,
+                                  chunk=args.concurrent, resume=args.resume, desc="baseline")
+    for row, pool in zip(rows, pools):
+        row["baseline"] = compare(row, pool, partial(choose, how=args.aggregate))
     if rank == 0 and not args.question:
         report(rows, args)
 

@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 from conftest import DEVICE, ROOT, TINY, two_devices
@@ -21,6 +21,7 @@ from search import (
     TEXTBOOK,
     arg_max,
     choose,
+    compare,
     merge,
     mode,
     samples_within,
@@ -70,7 +71,7 @@ class Script:
 
 
 def texts(search):
-    return ["".join(node.steps()) for _, _, node in search.finished]
+    return ["".join(node.steps()) for _, node in search.finished]
 
 
 def reward(node):
@@ -86,7 +87,7 @@ def run(strategy, tree, tokens=math.inf, **options):
     s = Search(Node("Q"), strategy, options, budget=tokens)
     script = Script(tree)
     run_together([s], script, [script])
-    nodes = [node for _, _, node in s.finished]
+    nodes = [node for _, node in s.finished]
     return s, ("".join(nodes[arg_max([reward(n) for n in nodes])].steps()) if nodes else None)
 
 
@@ -129,7 +130,7 @@ def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
     # step 1 draws 4: a a b a -> beams a, b(end). Step 2 from a: ax 1.2 (end), ay 1.1; kept: ax, ay; b has 0.8.
     # step 3 from ay: z, z -> merged; ayz = 2.0.
     assert s.generated == 4 + 2 + 2
-    assert {"".join(n.steps()) for _, _, n in s.finished} == {"b", "ax", "ayz"}
+    assert {"".join(n.steps()) for _, n in s.finished} == {"b", "ax", "ayz"}
     assert [n.text for n in merge([Node("a"), Node("b"), Node("a")])] == ["a", "b"]
 
 
@@ -138,8 +139,8 @@ def test_root_visits_equal_simulations_and_q_is_the_mean(mcts):
     wide = {"": [(c, 0.5, False) for c in "abc"], **{c: [("x", 0.5, False)] for c in "abc"},
             **{c + "x": [("y", p, True)] for c, p in zip("abc", (0.1, 0.5, 0.9))}}
     s, best = run(mcts, wide, m=3, simulations=7, c=1.0)
-    N, children = s.result
-    assert N[s.root] == 7 == sum(N[a] for a in children[s.root])
+    N = s.visits
+    assert N[s.root] == 7 == sum(N[a] for a in s.sampled if a.parent is s.root)
     assert best == "cxy"
 
 
@@ -147,9 +148,8 @@ def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
     """By their p, a is worth 0.81 and b 0.25; but a only leads to a solution that never came to its answer."""
     tree = {"": [("a", 0.9, False), ("b", 0.5, False)], "a": [("x", 0.9, "length")], "b": [("y", 0.5, True)]}
     s, _ = run(mcts, tree, m=2, simulations=6, c=0.1)
-    N, children = s.result
-    a, b = children[s.root]
-    assert N[b] > N[a]
+    a, b = s.sampled[:2]
+    assert s.visits[b] > s.visits[a]
 
 
 def test_mcts_widens_where_it_visits():
@@ -205,7 +205,7 @@ def test_several_prms_are_averaged():
             return {n: {"a": 0.1, "b": 0.4, "c": 0.5}[n.text] for n in leaves}
     s = Search(Node("Q"), beam, {"k": 1, "m": 3, "path_score": total})
     run_together([s], first, [first, Second()])
-    assert max((n for _, _, n in s.finished), key=total).text == "b"
+    assert max((n for _, n in s.finished), key=total).text == "b"
     assert len(s.sampled[0].scores) == 2
 
 
@@ -240,14 +240,33 @@ def test_mode(answers, weights, want):
     assert mode(answers, weights) == want
 
 
-@pytest.mark.parametrize("rule, want", [("argmax", 2), ("vote", 0), ("weighted", 3), ("visited", 1)])
-def test_each_rule_chooses_its_own_solution(rule, want):
-    """7 has two votes of weight 0.4, 8 one of 0.8, 9 two of 1.0; MCTS went to the second most often."""
-    root = Node("Q")
-    nodes = [Node(x, root, end="eos") for x in "abcde"]
-    s = SimpleNamespace(root=root, finished=[(0, 0.0, node) for node in nodes],
-                        result=({nodes[0]: 1, nodes[1]: 5}, {root: nodes[:2]}))
-    assert choose(rule, s, [0.2, 0.2, 0.8, 0.6, 0.4], ["7", "7", "8", "9", "9"]) == want
+# 7 has two votes of weight 0.4, 8 one of 0.8, 9 two of 1.0. MCTS went most often into the step of the second and the
+# fourth, and there three times into that of the second. A budget of 30 tokens buys the first three.
+@pytest.mark.parametrize("rule, tokens, want", [
+    ("argmax", math.inf, 2), ("vote", math.inf, 0), ("weighted", math.inf, 3), ("visited", math.inf, 1),
+    ("argmax", 20, 0), ("weighted", 30, 2), ("vote", 9, None)])
+def test_each_rule_chooses_its_own_solution(rule, tokens, want):
+    samples = zip([0.2, 0.2, 0.8, 0.6, 0.4], ["7", "7", "8", "9", "9"], [[1], [5, 3], [4], [5, 2], [1]])
+    row = {"samples": [{"scores": [p], "answer": answer, "visits": visits, "spent": 10 * i, "end": "eos"}
+                       for i, (p, answer, visits) in enumerate(samples, 1)]}
+    assert choose(row, rule, "prod", tokens) == want
+
+
+def test_a_solution_that_was_cut_off_is_chosen_last():
+    samples = [{"scores": [0.9], "answer": "1", "spent": 1, "end": "length"},
+               {"scores": [0.1], "answer": "2", "spent": 2, "end": "eos"}]
+    assert [choose({"samples": samples}, rule, "prod") for rule in ("argmax", "weighted")] == [1, 1]
+
+
+def test_a_baseline_counts_only_the_samples_that_fit_the_budget():
+    """Three samples of 40 tokens, of which the third alone is right and has the best p, beside a search of 100."""
+    pool = {"samples": [{"scores": [p], "answer": p, "spent": 40 * i, "tokens": 40, "correct": p == 0.9}
+                        for i, p in enumerate([0.1, 0.2, 0.9], 1)]}
+    row = {"cost": {"policy_generated": 100}}
+    assert compare(row, pool, partial(choose, how="prod")) == {
+        "samples": 2, "tokens": 80, "single": 0.0, "argmax": False, "weighted": False, "vote": False}
+    row = {"cost": {"policy_generated": 120}}
+    assert compare(row, pool, partial(choose, how="prod"))["argmax"]
 
 
 def test_problems_searched_together_are_searched_as_alone():
@@ -272,7 +291,6 @@ def results(file):
     rows = [json.loads(line) for line in open(file)]
     for row in rows:
         row["cost"] = row["cost"]["policy_generated"]
-        row["curve"] = [(t, i) for t, _, i in row["curve"]]
         for s in row["samples"]:
             s["scores"] = [round(p, 3) for p in s["scores"]]
     return rows
@@ -291,7 +309,8 @@ def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "search.py",
                     *SMALL, "--out", str(out)], cwd=ROOT, check=True)
     assert results(out) == one_process
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.flags"]
+    names = ["rows.jsonl", "rows.jsonl.baseline", "rows.jsonl.flags"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == names
 
 
 def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
