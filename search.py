@@ -46,14 +46,20 @@ def mode(answers, weights=None):  # README, step 6
     """B.4.4: index of the first solution with the most frequent answer, Mode({A_1, ..., A_N}).
 
     weights: the R_i make it the PRM-weighted vote, arg max over answers of their solutions' sum
-    of R_i (Snell et al. 2024, arXiv 2408.03314). None, no answer, is no vote.
+    of R_i (Snell et al. 2024, arXiv 2408.03314), and of that answer's solutions the best one wins.
+    None, no answer, is no vote.
     """
     votes = Counter()
     for i, answer in enumerate(answers):
         if answer is not None:
             # a solution that was cut off has the reward -1: it may not take weight from others
             votes[answer] += max(0.0, weights[i]) if weights else 1.0
-    return answers.index(max(votes, key=votes.get)) if votes else 0
+    if not votes:
+        return 0
+    winner = max(votes, key=votes.get)
+    # programs that agree on the example inputs still differ elsewhere: not just any of them
+    equals = [i for i, answer in enumerate(answers) if answer == winner]
+    return max(equals, key=weights.__getitem__) if weights else equals[0]
 
 
 def best_of_n(root, n, **_):
@@ -138,24 +144,8 @@ def prune(nodes, threshold):
     return [node for node in nodes if node.p >= threshold] or nodes
 
 
-def unsure(steps):
-    """Appendix D.2 asks for more breadth where scores are low, or PRMs disagree on the best step.
-    The paper names no thresholds; 0.8 and 0.2 are ours, and not tuned."""
-    best = max(steps, key=lambda step: step.p)
-    return best.p < 0.8 or max(best.scores) - min(best.scores) > 0.2
-
-
-def adaptive_breadth(live, breadth):
-    """Appendix D.2: half of the samples first; where those leave us unsure, as many as planned."""
-    groups = yield Request(live, max(1, breadth // 2))
-    hard = [node for node, steps in zip(live, groups) if unsure(steps)]
-    second = (yield Request(hard, breadth)) if hard else []
-    additional = dict(zip(hard, second))
-    return [steps + additional.get(node, []) for node, steps in zip(live, groups)]
-
-
-def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
-    """Beam search with merged equal steps, shared breadth, pruning and, if asked, adaptive breadth.
+def beam_extended(root, k, m, path_score, threshold=PRUNE, **_):
+    """Beam search with merged equal steps, shared breadth and pruning.
 
     Merging leaves fewer than K paths; these share the samples, so that each step still draws as
     many as K paths would. The first step does, too: K * M from the prompt.
@@ -164,10 +154,7 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
     while live := [node for node in paths if node.end is None]:
         finished = [node for node in paths if node.end]
         breadth = m * (k - len(finished)) // len(live)  # a finished path needs no samples
-        if adaptive:
-            groups = yield from adaptive_breadth(live, breadth)
-        else:
-            groups = yield Request(live, breadth)
+        groups = yield Request(live, breadth)
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
         for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
@@ -199,14 +186,17 @@ def mcts_extended(root, m, simulations, c, reward, N, threshold=PRUNE, **_):
         yield from simulate_and_back_up(path, N, Q, reward)
 
 
-def samples_within(root, left, n=math.inf, **_):
-    """Best-of-N under a budget of tokens: rounds of as many samples as the longest one so far lets
-    fit into left() tokens; the first round is one sample."""
-    drawn = 0
-    longest = 0
+def samples_in_rounds(root, left, n, until, **_):
+    """Best-of-N in rounds, under a budget of tokens or --until one of the samples is good enough.
+
+    A round has as many samples as the longest one so far lets fit into left() tokens, at first one.
+    With --until it has four at most: the driver ends the search after the first good one.
+    """
+    drawn = longest = 0
     while drawn < n:
-        fit = max(1, int(left() // longest)) if longest else 1
-        [ends] = yield Request([root], min(fit, n - drawn), whole=True)
+        most = left() / longest if longest else 1
+        fit = min(most, n - drawn, 4 if until < math.inf else n)
+        [ends] = yield Request([root], max(1, int(fit)), whole=True)
         longest = max([longest, 1, *(end.tokens() for end in ends)])
         drawn += len(ends)
 
@@ -224,10 +214,10 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
         return aggregate([step.p for step in node.path() if step.text and step.p is not None], how)
     options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
-        options["n"] = math.inf  # as many samples as the budget buys
+        options |= {"n": math.inf, "until": math.inf}  # as many samples as the budget buys
     plan = (STRATEGIES | TEXTBOOK if args.textbook else STRATEGIES)[strategy]
-    if plan is best_of_n and (budgets or args.tokens < math.inf):
-        plan = samples_within
+    if plan is best_of_n and (budgets or min(args.tokens, args.until) < math.inf):
+        plan = samples_in_rounds
     # the id fixes the random numbers: whatever shares the batch, the samples are the same
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
@@ -280,7 +270,8 @@ def add_search_flags(parser):
     a("--c", type=run.amount, default=0.5, help="MCTS: c of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--textbook", action="store_true", help="beam, MCTS as in B.4, without our additions")
-    a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
+    a("--until", type=run.share, default=math.inf,
+      help="end a problem's search once a solution has this reward R_i (D.2; try 0.5)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, weighted for MCTS, else argmax)")
@@ -303,8 +294,6 @@ def parse(argv):
     run.check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
         parser.error("--aggregate sum is not in [0, 1], which UCT needs")
-    if args.adaptive and (args.strategy != "beam" or args.textbook):
-        parser.error("--adaptive is for --strategy beam, without --textbook")
     if args.choose == "visited" and args.strategy != "mcts":
         parser.error("--choose visited is for --strategy mcts, which counts visits")
     if args.question is not None and not args.question.strip():

@@ -46,6 +46,7 @@ class Search:
             return self.budget - self.generated
         self.plan = self.strategy(self.root, left=left, N=self.visits, **self.options)
         self.request = None
+        self.until = self.options.get("until", math.inf)
         self.advance(None)
 
     def advance(self, groups):
@@ -54,8 +55,14 @@ class Search:
             self.request = self.plan.send(groups)
         except StopIteration:
             self.request = None
-        if self.request is None or self.generated >= self.budget:
+        if self.request is None or self.generated >= self.budget or self.is_sure():
             self.stop()
+
+    def is_sure(self):
+        """D.2: no more samples where one solution is good enough. One that was cut off is none."""
+        reward = self.options.get("reward")
+        ends = [node for _, node in self.finished if node.end != "length"]
+        return self.until < math.inf and any(reward(node) >= self.until for node in ends)
 
     def stop(self):
         self.request = None

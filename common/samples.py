@@ -176,9 +176,9 @@ class Bench:
     load_prm and solve are given: prm_model.py and search.py stand above common/ and import it.
     """
     # the flags that a strategy's rows depend on
-    SEARCHES = {"best_of_n": ("n", "tokens"),
-                "beam": ("k", "m", "adaptive", "textbook"),
-                "mcts": ("m", "simulations", "c", "textbook", "tokens", "aggregate")}
+    SEARCHES = {"best_of_n": ("n", "tokens", "until"),
+                "beam": ("k", "m", "textbook", "until"),
+                "mcts": ("m", "simulations", "c", "textbook", "tokens", "until", "aggregate")}
 
     def __init__(self, parser, args, load_prm, solve):
         self.args, self.once, self.solve = args, Once(parser, args), solve

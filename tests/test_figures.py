@@ -6,7 +6,7 @@ import pytest
 from conftest import TINY
 
 import evaluate
-from paper import drawing, figures
+from paper import drawing, figures, scaling
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +15,11 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("exhibits")
 
 
-@pytest.mark.parametrize("exhibit", ["fig4", "fig5", "fig6", "fig3", "fig1", "table1"])
+@pytest.mark.parametrize("exhibit", ["fig4", "fig5", "difficulty", "fig6", "fig3", "fig1", "table1"])
 def test_exhibits_are_drawn(exhibit, out, capsys):
     many = exhibit == "fig6"  # self-corrections that end right are rare
     figures.main([exhibit, "--limit", "25" if many else "8", "--n", "16" if many else "4",
-                  "--widths", "1x2", "--simulations", "2", "--prms", f"Tiny={TINY / 'prm'}",
+                  "--widths", "1x2", "--tokens", "256", "--prms", f"Tiny={TINY / 'prm'}",
                   "--policies", f"A={TINY / 'A'}", "--out", str(out)])
     points = [json.loads(x) for x in (out / f"{exhibit}.jsonl").read_text().splitlines()]
     assert points
@@ -47,13 +47,20 @@ def test_evaluates_door_makes_the_same(out):
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("share, tokens, seconds, want", [
-    ("before", 5, 0.05, 0), ("the first answer", 39, 0.39, 0), ("the second", 40, 0.4, 1)])
-def test_anytime_by_hand(share, tokens, seconds, want):
-    row = {"samples": [{"correct": False}, {"correct": True}],
-           "curve": [(10, 0.1, 0), (40, 0.4, 1)]}
-    assert figures.anytime(row, "tokens", tokens) == want
-    assert figures.anytime(row, "seconds", seconds) == want
+def test_the_bins_of_difficulty_by_hand():
+    """Ten problems, of which i solves i of the ten samples beyond 20 tokens; the first two samples do not count."""
+    pool = [{"id": i, "samples": [{"spent": 10 * n, "correct": n <= 2 + i} for n in range(1, 13)]} for i in range(10)]
+    known = scaling.by_difficulty(pool, 20)
+    assert [known[i] for i in (0, 1, 2, 9)] == [(0, 0.0), (0, 0.1), (1, 0.2), (4, 0.9)]
+
+
+def test_a_budget_is_spent_by_the_solutions_it_buys():
+    rows = [{"samples": [{"spent": 40, "correct": False, "scores": [0.2], "answer": "1"},
+                         {"spent": 90, "correct": True, "scores": [0.9], "answer": "2"}],
+             "cost": {"policy_generated": 100}}]
+    assert scaling.budgets(300) == [64, 128, 256]
+    assert [scaling.spent(rows, tokens) for tokens in (64, 128)] == [[64], [100]]
+    assert [scaling.rights(rows, "argmax", "prod", [tokens]) for tokens in (64, 90, 30)] == [[0.0], [1.0], [0.0]]
 
 
 def test_one_label_names_several_training_runs():

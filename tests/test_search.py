@@ -24,7 +24,7 @@ from search import (
     compare,
     merge,
     mode,
-    samples_within,
+    samples_in_rounds,
     uct_select,
 )
 from search import (
@@ -163,7 +163,7 @@ def test_mcts_widens_where_it_visits():
     assert [run(mcts, late, m=3, simulations=n, c=1.0)[1][0] for n in (4, 5)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("strategy, options", [(samples_within, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
+@pytest.mark.parametrize("strategy, options", [(samples_in_rounds, {"n": 10**6, "until": math.inf}), (beam, {"k": 2, "m": 2}),
                                                (mcts, {"m": 2, "simulations": 10**6, "c": 1.0})])
 def test_budgets_are_respected_within_one_call(strategy, options):
     tree = {}  # ten levels and a fan of two: far more than the budget can see
@@ -209,13 +209,24 @@ def test_several_prms_are_averaged():
     assert len(s.sampled[0].scores) == 2
 
 
-def test_adaptive_breadth_and_pruning():
-    sure = {"": [("a", 0.95, True), ("b", 0.9, True)]}
-    hard = {"": [("a", 0.3, True), ("b", 0.2, True)]}
-    assert run(beam, sure, k=1, m=4, adaptive=True)[0].generated == 2
-    assert run(beam, hard, k=1, m=4, adaptive=True)[0].generated == 6
+def test_pruning():
     expanded = [{n.parent.text for n in run(beam, DECEPTIVE, k=3, m=3, threshold=p)[0].sampled} for p in (0.0, 0.85)]
     assert expanded == [{"Q", "a", "b", "c"}, {"Q", "a"}]
+
+
+# Solutions of one token, 0.3, 0.9 (cut off), 0.2, 0.4, 0.6, 0.1, in this order; best-of-N draws 1, then 4, then 4
+@pytest.mark.parametrize("until, tokens", [(0.25, 1), (0.35, 5), (0.5, 5), (0.8, 12)])
+def test_a_search_ends_once_a_solution_is_good_enough(until, tokens):
+    p = [0.3, 0.9, 0.2, 0.4, 0.6, 0.1]
+    tree = {"": [(str(i), x, "length" if x == 0.9 else True) for i, x in enumerate(p)]}
+    s, _ = run(samples_in_rounds, tree, n=12, until=until)
+    assert s.generated == tokens
+
+
+def test_mcts_ends_once_a_rollout_is_good_enough():
+    tree = {"": [("a", 0.1, True), ("b", 0.9, True)]}
+    assert run(mcts, tree, m=1, simulations=50, c=1.0, until=0.5)[1] == "b"
+    assert run(mcts, tree, m=1, simulations=50, c=1.0, until=0.5)[0].generated == 2
 
 
 def test_a_beam_of_equal_steps_keeps_its_breadth():
@@ -232,8 +243,9 @@ def test_arg_max_takes_the_first_of_equals():
 
 @pytest.mark.parametrize("answers, weights, want", [
     (["7", "8", "8", "7"], None, 0),                  # a tie: the answer that was seen first
-    (["7", "8", "8", "7"], [0.1, 0.9, 0.9, 0.4], 1),  # 0.5 for 7, 1.8 for 8
+    (["7", "8", "8", "7"], [0.1, 0.8, 0.9, 0.4], 2),  # 0.5 for 7, 1.7 for 8, of which the second is better
     (["7", "8", "8"], [0.5, 0.9, -1.0], 1),           # an unfinished solution takes no weight away
+    (["7", "7", "8"], [0.1, 0.9, 0.2], 1),            # two programs that are equal on the examples: the better one
     ([None, None, "3", "4"], None, 2),                # no answer is no vote
     ([None, None], None, 0)])
 def test_mode(answers, weights, want):
