@@ -28,7 +28,7 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from common import run, tasks
+from common import router, run, tasks
 from common.driver import Request, Search, run_together
 from common.policy import add_policy_flags, load_policy_flags
 from common.results import by_domain, compare, report, right, sample_rows, show  # noqa: F401
@@ -129,6 +129,7 @@ TEXTBOOK = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majo
 # ------------------------------------------------------------ our additions (docs/results.md)
 
 PRUNE = 0.2  # Appendix D.3 names no threshold; this one is ours
+ROUND = 4    # samples that --until draws at once
 
 
 def merge(steps):
@@ -190,12 +191,12 @@ def samples_in_rounds(root, left, n, until, **_):
     """Best-of-N in rounds, under a budget of tokens or --until one of the samples is good enough.
 
     A round has as many samples as the longest one so far lets fit into left() tokens, at first one.
-    With --until it has four at most: the driver ends the search after the first good one.
+    With --until it has ROUND at most: the driver ends the search after the first good one.
     """
     drawn = longest = 0
     while drawn < n:
         most = left() / longest if longest else 1
-        fit = min(most, n - drawn, 4 if until < math.inf else n)
+        fit = min(most, n - drawn, ROUND if until < math.inf else n)
         [ends] = yield Request([root], max(1, int(fit)), whole=True)
         longest = max([longest, 1, *(end.tokens() for end in ends)])
         drawn += len(ends)
@@ -283,7 +284,8 @@ def add_search_flags(parser):
 def parse(argv):
     parser = run.command_line(__doc__)
     a = parser.add_argument
-    a("--strategy", required=True, choices=STRATEGIES)
+    a("--strategy", required=True, choices=[*STRATEGIES, "auto"],
+      help="auto: what common/router.py has measured to be best for a mean of --tokens")
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
     a("--no-baseline", action="store_true", help="no plain samples of the same tokens beside it")
@@ -304,6 +306,8 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     with parser:
+        if args.strategy == "auto":
+            vars(args).update(router.route(args.prm[0], args.tokens))
         rank, _, device = run.distributed(args.device)
         problems = []
         for task in args.task if not args.question else ():

@@ -7,7 +7,7 @@ fig1    accuracy against PRM size            --prms LABEL=FOLDER ... (folders of
 fig2    accuracy against training steps      --prms l=runs/prm (train.py --snapshots)
 fig3    prm@N against N for label sets       --prms PRM800K=... Math-Shepherd=... ASLAF=...
 fig4    accuracy against generated tokens; fig5 against seconds;
-difficulty  the same by bins of difficulty (all three: paper/scaling.py)   --tokens 8192
+difficulty  the same by bins of difficulty; router: the best of it (all four: paper/scaling.py)
 fig6    p_t around a self-correction, on average and in one solution (Figures 6 and 8)
 curves  losses and validation figures        --prms runs/prm
 table1  --task tiny-code --policies A=... B=... x majority, --prms Code=... Math=... (minus first)
@@ -31,7 +31,7 @@ from common.run import TINY, add_run_flags, command_line
 from common.samples import Bench
 from evaluate import check, maj_at, pass_at, powers, prm_at
 from paper.drawing import draw, write_table
-from paper.scaling import difficulty, fig4
+from paper.scaling import difficulty, fig4, router
 from prm_model import coloured, load_prm
 from search import by_domain
 
@@ -238,13 +238,15 @@ EXHIBITS = {
              "seconds a problem", "decades", "accuracy"),
     "difficulty": (difficulty, "Search strategies by the problem's difficulty",
                    "difficulty (1: hardest)", "linear", "accuracy"),
+    "router": (router, "The best strategy for a budget",
+               "generated tokens a problem", "powers", "accuracy"),
     "fig6": (fig6, "Does p rise where a mistake is corrected? (dashed: where it is not)",
              "step (-1: the mistake)", "linear", "mean p of the step"),
     "table1": (table1, "Policies and PRMs on code", "N", "powers", "accuracy"),
     "curves": (curves, "Training of the PRM", "optimizer step", "powers", "share")}
 
 
-BUDGETED = ("fig4", "fig5", "difficulty")  # the others' searches end by --n and --simulations
+BUDGETED = ("fig4", "fig5", "difficulty", "router")  # the others end by --n and --simulations
 
 
 def parse(argv):
@@ -281,7 +283,7 @@ def main(argv=None):
         if bench.rank > 0:
             return
         print(write_table(args.exhibit, points, args.out, *axes))
-        if args.exhibit != "table1":
+        if args.exhibit not in ("table1", "router"):
             draw(args.exhibit, points, args.out, title, *axes)
         if args.json:
             result = {"settings": {k: str(v) for k, v in vars(args).items()}, "points": points}

@@ -4,17 +4,26 @@
     python -m paper.figures router --limit 100 --seeds 100 --tokens 8192    # writes OUT/router.json
 
 Best-of-N and MCTS are run once with the largest budget, --tokens a problem: of a smaller budget B
-they have the solutions that were finished within B. Beam search plans its whole width from its
-first step on, so there is a run for each of --widths. Dropped steps count, too.
+they have the solutions that were finished within B, and with --until those before the search would
+have ended. A beam plans its whole width from its first step on, so there is a run for each of
+--widths. Dropped steps count, too.
 """
+import json
 import math
 import statistics
+from collections import namedtuple
+from pathlib import Path
 
 from common.metrics import interval, over_runs
-from search import by_domain, choose, right
+from common.router import frontier
+from search import ROUND, by_domain, choose, rewards, right
 
-BINS = 5      # of difficulty, as in Snell et al. 2024 (arXiv 2408.03314), section 5
+BINS = 5       # of difficulty, as in Snell et al. 2024 (arXiv 2408.03314), section 5
 SMALLEST = 64  # tokens
+UNTIL = 0.5    # R_i at which the adaptive lines end a problem's search: the PRM thinks it is right
+
+# A line of Figure 4: rows of one strategy, and the flags of search.py that choose from them
+Line = namedtuple("Line", "name rows flags")
 
 
 def budgets(tokens):
@@ -23,27 +32,40 @@ def budgets(tokens):
 
 
 def run_plans(bench, args):
-    """{name: rows} of best-of-N and MCTS with --tokens, and of a beam for each width."""
+    """Lines of Figure 4: every strategy under every rule that it has."""
     policy, prm = args.policy, args.prm[0]
     many = {"n": 10 ** 6, "simulations": 1000}  # the tokens end both before
-    plans = {name: bench.run(strategy, policy, prm, tokens=args.tokens, **many)
-             for name, strategy in (("best-of-N", "best_of_n"), ("MCTS", "mcts"))}
+    pool = bench.run("best_of_n", policy, prm, tokens=args.tokens, **many)
+    trees = bench.run("mcts", policy, prm, tokens=args.tokens, **many)
+    lines = []
+    for name, strategy, rows in (("best-of-N", "best_of_n", pool), ("MCTS", "mcts", trees)):
+        flags = {"strategy": strategy, **many}
+        lines += [Line(name, rows, flags | {"choose": "argmax"}),
+                  Line(f"{name}, weighted", rows, flags | {"choose": "weighted"}),
+                  Line(f"{name}, until", rows, flags | {"choose": "weighted", "until": UNTIL})]
+    lines += [Line("majority", pool, {"strategy": "majority", **many, "choose": "vote"}),
+              Line("MCTS, vote", trees, {"strategy": "mcts", **many, "choose": "vote"}),
+              Line("MCTS, visited", trees, {"strategy": "mcts", **many, "choose": "visited"})]
     for k, m in args.widths:
-        plans[f"beam {k}x{m}"] = bench.run("beam", policy, prm, k=k, m=m)
-    return plans
+        rows = bench.run("beam", policy, prm, k=k, m=m)
+        for rule in ("argmax", "weighted", "vote"):
+            name = "beam" if rule == "argmax" else f"beam, {rule}"
+            flags = {"strategy": "beam", "k": k, "m": m, "choose": rule}
+            lines.append(Line(name, rows, flags))
+    return lines
 
 
-def contestants(plans):
-    """(name, rule, width or None, rows): every plan under every rule that it has."""
-    for name, rows in plans.items():
-        strategy, _, width = name.partition(" ")
-        yield strategy, "argmax", width, rows
-        yield f"{strategy}, weighted", "weighted", width, rows
-        if strategy == "best-of-N":
-            yield "majority", "vote", width, rows
-        else:
-            yield f"{strategy}, vote", "vote", width, rows
-    yield "MCTS, visited", "visited", "", plans["MCTS"]
+def spent(line, row, budget, how):
+    """Tokens that a search with these flags takes of a budget."""
+    tokens = min(budget, row["cost"]["policy_generated"])
+    if until := line.flags.get("until"):
+        # best-of-N looks after its first sample, then after each round
+        step = ROUND if line.flags["strategy"] == "best_of_n" else 1
+        R = rewards(row["samples"], how)
+        for i in [0, *range(step, len(R), step)]:
+            if max(R[:i + 1]) >= until:
+                return min(tokens, row["samples"][i]["spent"])
+    return tokens
 
 
 def rights(rows, rule, how, tokens):
@@ -51,42 +73,46 @@ def rights(rows, rule, how, tokens):
     return [float(right(row, choose(row, rule, how, limit))) for row, limit in zip(rows, tokens)]
 
 
-def spent(rows, budget=math.inf):
-    """Tokens that a budget of them buys, one number a problem."""
-    return [min(budget, row["cost"]["policy_generated"]) for row in rows]
+def measured(line, args):
+    """(budget, rows, tokens spent, right or not) of each budget; one of each row."""
+    # a beam is planned for its width, and visits are counted at the end only
+    whole = line.flags["strategy"] == "beam" or line.flags["choose"] == "visited"
+    for budget in [math.inf] if whole else budgets(args.tokens):
+        tokens = [spent(line, row, budget, args.aggregate) for row in line.rows]
+        yield budget, tokens, rights(line.rows, line.flags["choose"], args.aggregate, tokens)
 
 
 def fig4(bench, args, axis="tokens"):
     """Accuracy at budgets from 64 tokens to --tokens (Figure 4), or at the seconds that these take
     (Figure 5), and how far it is above the weighted vote of plain samples of the same tokens."""
-    plans, points = run_plans(bench, args), []
-    pools = by_domain(plans["best-of-N"])
-    for line, rule, width, all_rows in contestants(plans):
-        for domain, rows in by_domain(all_rows).items():
-            # visits are counted at the end only
-            whole = width or rule == "visited"
-            for budget in [math.inf] if whole else budgets(args.tokens):
-                tokens = spent(rows, budget)
-                values = rights(rows, rule, args.aggregate, tokens)
-                value, low, high = interval(values)
-                plain = rights(pools[domain], "weighted", args.aggregate, tokens)
-                point = {"series": f"{domain}, {line}", "x": statistics.fmean(tokens),
-                         "value": value, "low": low, "high": high, "problems": len(rows),
-                         "above the weighted vote": over_runs([values], [plain])}
-                if width:
-                    point["width"] = width
+    lines, points = run_plans(bench, args), []
+    pool = {row["id"]: row for row in lines[0].rows}
+    for line in lines:
+        for _, tokens, values in measured(line, args):
+            plain = rights([pool[row["id"]] for row in line.rows], "weighted", args.aggregate,
+                           tokens)
+            for domain in by_domain(line.rows):
+                part = [i for i, row in enumerate(line.rows) if row["domain"] == domain]
+                mine, theirs = [values[i] for i in part], [plain[i] for i in part]
+                value, low, high = interval(mine)
+                x = statistics.fmean(tokens[i] for i in part)
                 if axis == "seconds":
-                    point["x"] *= seconds_a_token(rows, voting=rule == "vote")
+                    x *= seconds_a_token([line.rows[i] for i in part], line.flags["choose"])
+                point = {"series": f"{domain}, {line.name}", "x": x, "value": value, "low": low,
+                         "high": high, "problems": len(part),
+                         "above the weighted vote": over_runs([mine], [theirs])}
+                if "k" in line.flags:
+                    point["width"] = "{k}x{m}".format(**line.flags)
                 points.append(point)
-    return points
+    return sorted(points, key=lambda p: (p["series"], p["x"]))
 
 
-def seconds_a_token(rows, voting=False):
+def seconds_a_token(rows, rule):
     """A token takes a strategy the same time early and late; a vote of samples needs no PRM."""
     seconds = sum(row["cost"]["seconds"] for row in rows)
-    if voting and rows[0]["strategy"] == "best_of_n":
+    if rule == "vote" and rows[0]["strategy"] == "best_of_n":
         seconds -= sum(row["cost"]["prm_seconds"] for row in rows)
-    return seconds / max(1, sum(spent(rows)))
+    return seconds / max(1, sum(row["cost"]["policy_generated"] for row in rows))
 
 
 # ---------------------------------------------------------------- difficulty
@@ -108,33 +134,60 @@ def by_difficulty(pool, tokens):
 def difficulty(bench, args):
     """Accuracy by the problem's difficulty (1 is the hardest bin), at an eighth and at half of
     --tokens. The other half of the pool says how difficult a problem is."""
-    plans, points = run_plans(bench, args), []
+    lines, points = run_plans(bench, args), []
     known = {}
-    for pool in by_domain(plans["best-of-N"]).values():
+    for pool in by_domain(lines[0].rows).values():
         known |= by_difficulty(pool, args.tokens / 2)
     for budget in (args.tokens / 8, args.tokens / 2):
-        for line, rule, _, all_rows in affordable(plans, budget):
-            for domain, rows in by_domain(all_rows).items():
-                for place in range(BINS):
-                    part = [row for row in rows if known[row["id"]][0] == place]
-                    if not part:
-                        continue  # fewer problems than bins
-                    values = rights(part, rule, args.aggregate, spent(part, budget))
-                    value, low, high = interval(values)
-                    rate = statistics.fmean(known[row["id"]][1] for row in part)
-                    points.append({
-                        "series": f"{domain}, {line} at {budget:.0f}", "x": place + 1,
-                        "value": value, "low": low, "high": high, "problems": len(part),
-                        "pass rate": rate, "tokens": statistics.fmean(spent(part, budget))})
+        for line in affordable(lines, budget):
+            for place in range(BINS):
+                for domain in by_domain(line.rows):
+                    part = [row for row in line.rows
+                            if row["domain"] == domain and known[row["id"]][0] == place]
+                    if part:  # none: there are fewer problems than bins
+                        tokens = [spent(line, row, budget, args.aggregate) for row in part]
+                        values = rights(part, line.flags["choose"], args.aggregate, tokens)
+                        value, low, high = interval(values)
+                        rate = statistics.fmean(known[row["id"]][1] for row in part)
+                        points.append({"series": f"{domain}, {line.name} at {budget:.0f}",
+                                       "x": place + 1, "value": value, "low": low, "high": high,
+                                       "problems": len(part), "pass rate": rate,
+                                       "tokens": statistics.fmean(tokens)})
     return points
 
 
-def affordable(plans, budget):
-    """The contestants of a budget: of the beams only the widest one that it pays for on average."""
-    def mean(name):
-        return statistics.fmean(spent(plans[name]))
-    beams = [name for name in plans if name.startswith("beam")]
-    paid = [name for name in beams if mean(name) <= budget] or [min(beams, key=mean)]
-    widest = max(paid, key=mean)
-    chosen = {name: rows for name, rows in plans.items() if name not in beams or name == widest}
-    return [x for x in contestants(chosen) if x[1] in ("argmax", "weighted")]
+def affordable(lines, budget):
+    """Without votes and visits; of the beams only the widest that a budget pays for on average."""
+    beams = [line for line in lines if line.name == "beam"]
+
+    def cost(line):
+        return statistics.fmean(row["cost"]["policy_generated"] for row in line.rows)
+    paid = [line for line in beams if cost(line) <= budget] or [min(beams, key=cost)]
+    plain = [line for line in lines if line.flags["choose"] in ("argmax", "weighted")]
+    return [line for line in plain if not line.name.startswith("beam")] + [max(paid, key=cost)]
+
+
+# ---------------------------------------------------------------- the router
+
+def router(bench, args):
+    """The frontier of accuracy against mean tokens, over all problems, as OUT/router.json."""
+    routes = []
+    for line in run_plans(bench, args):
+        for budget, tokens, values in measured(line, args):
+            flags = line.flags | ({"tokens": budget} if budget < math.inf else {})
+            routes.append(flags | {"generated": round(statistics.fmean(tokens)),
+                                   "accuracy": round(statistics.fmean(values), 3)})
+    best = frontier(routes)
+    n = len(bench.problems)
+    if bench.rank == 0:
+        file = Path(args.out) / "router.json"
+        file.write_text(json.dumps({"policy": args.policy, "prm": args.prm[0], "problems": n,
+                                    "seeds": args.seeds, "routes": best}, indent=1) + "\n")
+        print(f"{file}: copy it beside the PRM for search.py --strategy auto --tokens B")
+    points = []
+    for r in best:
+        names = ("strategy", "choose", "k", "m", "until", "tokens")
+        points.append({"series": "all, router", "x": r["generated"], "value": r["accuracy"],
+                       "low": r["accuracy"], "high": r["accuracy"], "problems": n,
+                       **{name: r.get(name) for name in names}})
+    return points

@@ -357,7 +357,8 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     (["--n", "0"], "--n must be positive"), (["--tokens", "-5"], "--tokens must be positive"),
     (["--question", " "], "--question is empty"), (["--prm", "/nowhere"], "/nowhere: no such folder"),
     (["--policy", "/nowhere"], "pass the path of a local"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
-    (["--choose", "visited"], "for --strategy mcts"), (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
+    (["--choose", "visited"], "for --strategy mcts"), (["--strategy", "auto"], "needs --tokens"),
+    (["--strategy", "auto", "--tokens", "9", "--prm", "tiny/xs"], "tiny/xs/router.json: no such file"), (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
 def test_bad_input_is_one_clear_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         search.main(["--strategy", "beam", "--task", "gsm8k" if "--data" in flags else "tiny-math", *flags])
