@@ -21,17 +21,22 @@ def frontier(routes):
     return best
 
 
+def read_routes(prm):
+    """The routes of router.json in a PRM's folder, the cheapest first; none without the file."""
+    file = Path(prm) / "router.json"
+    return json.loads(file.read_text())["routes"] if file.exists() else []
+
+
 def route(prm, tokens):
-    """Flags for a mean of so many tokens a problem, of the router.json in a PRM's folder.
+    """The flags that have been best for a mean of so many tokens a problem.
 
     A route has a budget and an --until of its own, or none: `tokens` is only looked up.
     """
     if tokens == math.inf:
         raise ValueError("--strategy auto needs --tokens, the mean budget of a problem")
-    file = Path(prm) / "router.json"
-    if not file.exists():
-        raise ValueError(f"{file}: no such file; python -m paper.figures router makes it")
-    routes = json.loads(file.read_text())["routes"]
+    routes = read_routes(prm)
+    if not routes:
+        raise ValueError(f"{prm}/router.json: no such file; paper.figures router makes it")
     affordable = [r for r in routes if r["generated"] <= tokens] or routes[:1]  # else the cheapest
     best = affordable[-1]
     if os.environ.get("RANK", "0") == "0":

@@ -31,7 +31,7 @@ from common.run import TINY, add_run_flags, command_line
 from common.samples import Bench
 from evaluate import check, maj_at, pass_at, powers, prm_at
 from paper.drawing import draw, write_table
-from paper.scaling import difficulty, fig4, router
+from paper.scaling import TABLE_ONLY, difficulty, fig4, router
 from prm_model import coloured, load_prm
 from search import by_domain
 
@@ -284,7 +284,8 @@ def main(argv=None):
             return
         print(write_table(args.exhibit, points, args.out, *axes))
         if args.exhibit not in ("table1", "router"):
-            draw(args.exhibit, points, args.out, title, *axes)
+            drawn = [p for p in points if not p["series"].endswith(TABLE_ONLY)]
+            draw(args.exhibit, drawn, args.out, title, *axes)
         if args.json:
             result = {"settings": {k: str(v) for k, v in vars(args).items()}, "points": points}
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -15,12 +15,15 @@ from collections import namedtuple
 from pathlib import Path
 
 from common.metrics import interval, over_runs
-from common.router import frontier
+from common.router import frontier, read_routes
 from search import ROUND, by_domain, choose, rewards, right
 
 BINS = 5       # of difficulty, as in Snell et al. 2024 (arXiv 2408.03314), section 5
 SMALLEST = 64  # tokens
 UNTIL = 0.5    # R_i at which the adaptive lines end a problem's search: the PRM thinks it is right
+
+TABLE_ONLY = (", vote", ", visited", "beam, weighted", ", router")  # lines that are not drawn
+FLAGS = ("strategy", "k", "m", "choose", "until")  # what tells one line from another
 
 # A line of Figure 4: rows of one strategy, and the flags of search.py that choose from them
 Line = namedtuple("Line", "name rows flags")
@@ -55,6 +58,14 @@ def run_plans(bench, args):
     return lines
 
 
+def routed(lines, prm):
+    """The routes of the router.json beside a PRM, as lines of one point each: none without one."""
+    for route in read_routes(prm):
+        for line in lines:
+            if all(line.flags.get(name) == route.get(name) for name in FLAGS):
+                yield Line("router", line.rows, line.flags | {"tokens": route.get("tokens")})
+
+
 def spent(line, row, budget, how):
     """Tokens that a search with these flags takes of a budget."""
     tokens = min(budget, row["cost"]["policy_generated"])
@@ -74,10 +85,13 @@ def rights(rows, rule, how, tokens):
 
 
 def measured(line, args):
-    """(budget, rows, tokens spent, right or not) of each budget; one of each row."""
+    """Yield (budget, tokens spent, right or not) of each budget: the latter two one a problem."""
     # a beam is planned for its width, and visits are counted at the end only
     whole = line.flags["strategy"] == "beam" or line.flags["choose"] == "visited"
-    for budget in [math.inf] if whole else budgets(args.tokens):
+    limits = [math.inf] if whole else budgets(args.tokens)
+    if "tokens" in line.flags:  # of a route
+        limits = [line.flags["tokens"] or math.inf]
+    for budget in limits:
         tokens = [spent(line, row, budget, args.aggregate) for row in line.rows]
         yield budget, tokens, rights(line.rows, line.flags["choose"], args.aggregate, tokens)
 
@@ -87,7 +101,7 @@ def fig4(bench, args, axis="tokens"):
     (Figure 5), and how far it is above the weighted vote of plain samples of the same tokens."""
     lines, points = run_plans(bench, args), []
     pool = {row["id"]: row for row in lines[0].rows}
-    for line in lines:
+    for line in [*lines, *routed(lines, args.prm[0])]:
         for _, tokens, values in measured(line, args):
             plain = rights([pool[row["id"]] for row in line.rows], "weighted", args.aggregate,
                            tokens)
@@ -101,7 +115,7 @@ def fig4(bench, args, axis="tokens"):
                 point = {"series": f"{domain}, {line.name}", "x": x, "value": value, "low": low,
                          "high": high, "problems": len(part),
                          "above the weighted vote": over_runs([mine], [theirs])}
-                if "k" in line.flags:
+                if line.flags["strategy"] == "beam":
                     point["width"] = "{k}x{m}".format(**line.flags)
                 points.append(point)
     return sorted(points, key=lambda p: (p["series"], p["x"]))
@@ -157,14 +171,14 @@ def difficulty(bench, args):
 
 
 def affordable(lines, budget):
-    """Without votes and visits; of the beams only the widest that a budget pays for on average."""
+    """The best rule of each strategy; of the beams the widest that a budget pays for on average."""
     beams = [line for line in lines if line.name == "beam"]
 
     def cost(line):
         return statistics.fmean(row["cost"]["policy_generated"] for row in line.rows)
     paid = [line for line in beams if cost(line) <= budget] or [min(beams, key=cost)]
-    plain = [line for line in lines if line.flags["choose"] in ("argmax", "weighted")]
-    return [line for line in plain if not line.name.startswith("beam")] + [max(paid, key=cost)]
+    plain = [line for line in lines if line.name in ("best-of-N, weighted", "MCTS, weighted")]
+    return [*plain, max(paid, key=cost)]
 
 
 # ---------------------------------------------------------------- the router
@@ -186,7 +200,7 @@ def router(bench, args):
         print(f"{file}: copy it beside the PRM for search.py --strategy auto --tokens B")
     points = []
     for r in best:
-        names = ("strategy", "choose", "k", "m", "until", "tokens")
+        names = (*FLAGS, "tokens")
         points.append({"series": "all, router", "x": r["generated"], "value": r["accuracy"],
                        "low": r["accuracy"], "high": r["accuracy"], "problems": n,
                        **{name: r.get(name) for name in names}})
