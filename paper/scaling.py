@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common.metrics import interval, over_runs
 from common.router import frontier, read_routes
+from common.samples import name_of
 from search import ROUND, by_domain, choose, rewards, right
 
 BINS = 5       # of difficulty, as in Snell et al. 2024 (arXiv 2408.03314), section 5
@@ -50,7 +51,7 @@ def run_plans(bench, args):
               Line("MCTS, vote", trees, {"strategy": "mcts", **many, "choose": "vote"}),
               Line("MCTS, visited", trees, {"strategy": "mcts", **many, "choose": "visited"})]
     for k, m in args.widths:
-        rows = bench.run("beam", policy, prm, k=k, m=m)
+        rows = bench.run("beam", policy, prm, k=k, m=m, tokens=math.inf)
         for rule in ("argmax", "weighted", "vote"):
             name = "beam" if rule == "argmax" else f"beam, {rule}"
             flags = {"strategy": "beam", "k": k, "m": m, "choose": rule}
@@ -195,8 +196,9 @@ def router(bench, args):
     n = len(bench.problems)
     if bench.rank == 0:
         file = Path(args.out) / "router.json"
-        file.write_text(json.dumps({"policy": args.policy, "prm": args.prm[0], "problems": n,
-                                    "seeds": args.seeds, "routes": best}, indent=1) + "\n")
+        result = {"policy": name_of(args.policy), "prm": name_of(args.prm[0]), "problems": n,
+                  "seeds": args.seeds, "routes": best}
+        file.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{file}: copy it beside the PRM for search.py --strategy auto --tokens B")
     points = []
     for r in best:
