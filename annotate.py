@@ -249,7 +249,7 @@ def parse(argv):
     a("--keep-unanimous", action="store_true", help="keep problems always or never solved")
     a("--concurrent", type=int, default=200, help="problems annotated together (200)")
     # Solutions and rollouts run to their end, so there are no limits of a single step.
-    add_policy_flags(parser, without=["--separator", "--max-step-tokens", "--max-steps"])
+    add_policy_flags(parser, without=["--separator", "--max-step-tokens"])
     run.add_run_flags(parser, limit=50)
     args = parser.parse_args(argv)
     run.check_run_flags(parser, args, "k", "samples", "concurrent")

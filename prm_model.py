@@ -20,16 +20,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import cached_file
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.models import bos, check, dtype_of, load_pretrained
+from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained
+from common.page import Page, solution_tree
 from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed
@@ -205,7 +204,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     form = getattr(config, "prm", None) or {}
     meta = str(device) == "meta"
     if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
-        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path)
+        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path, HEAD_FILE)
     else:
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
                                                 keywords.get("template"), meta)
@@ -217,19 +216,8 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
               **{"base_model": path} | form | keywords)
     if head:
-        prm.head.load_state_dict(head)
+        fill_head(prm.head, head, path)
     return prm.eval()
-
-
-def load_head(path):
-    """The head that PRM.save() wrote."""
-    try:
-        return load_file(cached_file(path, HEAD_FILE))
-    except OSError as error:
-        raise ValueError(f"{path}: {HEAD_FILE} is missing: it is not a whole PRM, save it again") \
-            from error
-    except SafetensorError as error:
-        raise ValueError(f"{path}/{HEAD_FILE}: not a whole safetensors file ({error})") from error
 
 
 # ------------------------------------------------------------ the script: Figures 6 and 8
@@ -243,6 +231,7 @@ def main(argv=None):
     a("--file", help="JSONL of sample rows or stepwise rows (see common/data.py)")
     a("--fresh-head", action="store_true", help="an untrained head on a plain LM")
     a("--limit", type=int, default=3, help="rows of --file to show (3)")
+    a("--html", metavar="FILE", help="the same as a page")
     a("--export", metavar="FOLDER", help="write it as vLLM serves it: Qwen2ForProcessRewardModel")
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -250,6 +239,7 @@ def main(argv=None):
     if not (args.file or args.export or args.question and args.question.strip() and args.steps):
         parser.error("give --question and --steps, --file, or --export")
     with parser:
+        page = Page(args.html)
         prm = load_prm(args.prm, distributed(args.device)[2], args.dtype, fresh=args.fresh_head)
         if args.export:
             return export(prm, args.export)
@@ -259,6 +249,7 @@ def main(argv=None):
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
+        page.add(solution_tree, args.prm, question, steps, scores)
         print(f"\n{question}")
         for step, p in zip(steps, scores):
             print(coloured(step, p))

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from common import run, tasks
 from common.driver import Request, Search, run_together
+from common.page import Page, search_tree
 from common.policy import add_policy_flags, load_policy_flags
 from common.results import by_domain, compare, report, right, sample_rows, show  # noqa: F401
 from prm_model import AGGREGATIONS, aggregate, load_prm
@@ -287,6 +288,7 @@ def parse(argv):
     a("--strategy", required=True, choices=STRATEGIES)
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
+    a("--html", metavar="FILE", help="a page with the trees of the first problems")
     add_search_flags(parser)
     add_policy_flags(parser, str(run.TINY / "A"))
     run.add_run_flags(parser, limit=50, summary=False)
@@ -307,6 +309,7 @@ def main(argv=None):
     parser, args = parse(argv)
     with parser:
         rank, _, device = run.distributed(args.device)
+        page = Page(args.html if rank == 0 else None)
         problems = []
         for task in args.task if not args.question else ():
             problems += tasks.load(task, args.data, limit=args.limit, seed=args.seed)
@@ -324,6 +327,7 @@ def main(argv=None):
             _, pools = solve(chunk, "best_of_n", policy, prms, args, budgets)
         for search, row, pool in zip(searches, rows, pools):
             row["compared"] = compare(row, pool)
+            page.add(search_tree, search, row)
             if rank == 0 and row["domain"] not in shown:
                 show(search, row)
                 shown.add(row["domain"])

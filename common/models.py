@@ -16,7 +16,9 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
+from transformers.utils import cached_file
 from transformers.utils.logging import disable_progress_bar
 
 from common.cache import encode_missing
@@ -146,6 +148,27 @@ def load_pretrained(kind, path, **keywords):
         hub = "" if keywords["local_files_only"] else f", and the hub gave: {lines[0]}"
         raise ValueError(f"{path}: no such folder{hub}. Offline, pass the path of a local folder "
                          "(made by save_pretrained or `hf download`)") from error
+
+
+def load_head(path, name):
+    """The weights of a PRM's head, which PRM.save() wrote."""
+    try:
+        return load_file(cached_file(path, name))
+    except OSError as error:
+        raise ValueError(f"{path}: {name} is missing: it is not a whole PRM, save it again") \
+            from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}/{name}: not a whole safetensors file ({error})") from error
+
+
+def fill_head(head, weights, path):
+    """Put weights into a PRM's head. ValueError: they are another model's."""
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:  # a line for each weight; the first one says enough
+        why = str(error).strip().splitlines()[1].strip()
+        raise ValueError(f"{path}: the head is of another model than the backbone ({why})") \
+            from error
 
 
 def dtype_of(name, device):

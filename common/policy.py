@@ -351,16 +351,15 @@ def add_policy_flags(parser, default=None, without=()):
     a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     a("--top-p", type=float, default=1.0, help="sample from the smallest set of this mass (1: all)")
     a("--max-step-tokens", type=int, default=512, help="a longer step ends the solution (512)")
-    a("--max-steps", type=int, default=40, help="steps of a solution (40)")
     a("--max-solution-tokens", type=int, default=2048, help="tokens without the prompt (2048)")
 
 
 def load_policy_flags(args, device, path=None, **keywords):
     if not args.temperature >= 0 or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
-    if min(args.max_step_tokens, args.max_steps, args.max_solution_tokens) < 1:
-        raise ValueError("--max-step-tokens, --max-steps, --max-solution-tokens: 1 or more")
-    names = ("seed", "temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens")
+    if min(args.max_step_tokens, args.max_solution_tokens) < 1:
+        raise ValueError("--max-step-tokens, --max-solution-tokens: 1 or more")
+    names = ("seed", "temperature", "top_p", "max_step_tokens", "max_solution_tokens")
     options = {name: getattr(args, name) for name in names} | keywords
     separator = args.separator
     if separator:  # "\\n" on the command line is a line end

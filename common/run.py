@@ -244,7 +244,7 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
-FREE = ("limit", "concurrent", "device", "json", "out", "resume", "overwrite")
+FREE = ("limit", "concurrent", "device", "html", "json", "out", "resume", "overwrite")
 
 
 def same_flags(parser, args, free=FREE):

@@ -119,8 +119,8 @@ def written(path):
 
 class Once:
     """The folder --out: a file of rows is made once, and continued after a kill."""
-    SAMPLING = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens",
-                "separator", "policy_model", "dtype", "seed")
+    SAMPLING = ("temperature", "top_p", "max_step_tokens", "max_solution_tokens", "separator",
+                "policy_model", "dtype", "seed")
 
     def __init__(self, parser, args):
         self.parser, self.args, self.made = parser, args, set()
