@@ -16,6 +16,7 @@
 --out gets the labelled solutions, rows for train.py; OUT.votes all solutions, with the votes or
 why they were dropped. A first wrong step is counted from 0; -1: none; None: the voter abstains.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import itertools
 import time
 from collections import Counter

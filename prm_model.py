@@ -13,6 +13,7 @@ plain LM, --fresh-head shows an untrained head, whose scores mean nothing.
 
 Shapes: B solutions, T tokens, M steps that get a p_t (in training: labelled ones), h hidden size.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import math
 import os
 import shutil

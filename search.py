@@ -21,6 +21,7 @@ from the root to a node, an action a is a child, so N[child] is N(s, a) and Q[ch
 Symbols: N solutions; K paths kept; M steps sampled below a path; R_i reward of solution i, made of
 its p_t by --aggregate; A_i its answer.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import math
 from collections import Counter, defaultdict
 from functools import partial

@@ -21,6 +21,7 @@ Memory: the model, one gradient in its dtype, a byte a weight for the sketch's s
 vectors of the weights' size, which --offload keeps in main memory.
 Symbols: N responses, P weights, K = 4 sets, D numbers of a sketch, R bootstrap draws.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import math
 import random
 import re

@@ -17,6 +17,7 @@ are used as they are.
 
 Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import json
 import math
 import signal

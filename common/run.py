@@ -19,6 +19,8 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from common import early
+
 TINY = Path(__file__).resolve().parents[1] / "tiny"  # the models and rows of this repository
 
 
@@ -171,6 +173,7 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(code)
 
     def __enter__(self):
+        early.flags_are_fine()
         return self
 
     def __exit__(self, kind, error, trace):
