@@ -281,9 +281,8 @@ def main(argv=None):
         sampler = next(iter(voters.values()))
         if (heat := args.sampler_temperature) is not None:
             sampler = load_policy_flags(args, device, args.policies[0], temperature=heat)
-        judge = None
-        if args.judge:  # one answer, not a solution in steps
-            judge = load_policy_flags(args, device, args.judge, temperature=0, max_steps=1)
+        judge = args.judge and load_policy_flags(  # one answer, not a solution in steps
+            args, device, args.judge, temperature=0, max_steps=1)
 
         def make(groups):
             write_solutions(sampler, groups)

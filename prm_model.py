@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained
+from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained, must_fit
 from common.page import Page, solution_tree
 from common.published import TEXTS, export, load_published
 from common.results import coloured
@@ -49,6 +49,7 @@ class PRM(nn.Module):
         self.tokenizer = tokenizer
         self.name = name                          # under which the tree cache keeps its states
         self.max_batch_tokens = max_batch_tokens  # padded tokens of one forward that scores
+        self.context = getattr(backbone.config, "max_position_embeddings", None)
         self.tokens = 0                           # encoded by score() and score_nodes() so far
         self.format = {"separator": separator, "template": template, "system": system,
                        "dropout": dropout, "base_model": base_model}
@@ -117,6 +118,7 @@ class PRM(nn.Module):
         items = []
         for i, (question, steps) in enumerate(zip(questions, solutions, strict=True)):
             items.append((i, *self.encode(question, steps)))
+            must_fit(min(items[-1][2], default=0), self.context, question)
         scores = [[] for _ in items]
         scored = [item for item in items if item[2]]  # those that have a step
         for batch in batches(scored, lambda item: len(item[1]), self.max_batch_tokens, device):
@@ -249,7 +251,8 @@ def main(argv=None):
             pairs = list(islice(read_solutions(args.file), args.limit))
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
-    for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
+        solutions = zip(pairs, prm.score(*zip(*pairs)))
+    for (question, steps), scores in solutions:
         page.add(solution_tree, args.prm, question, steps, scores)
         print(f"\n{question}")
         for step, p in zip(steps, scores):

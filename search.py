@@ -27,8 +27,6 @@ from collections import Counter, defaultdict
 from functools import partial
 from itertools import chain
 
-from tqdm import tqdm
-
 from common import run, tasks
 from common.driver import Request, Search, run_together
 from common.page import Page, search_tree
@@ -237,7 +235,7 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
-    with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
+    with run.bar(len(searches), strategy, leave=False) as progress:
         run_together(searches, policy, prms, progress)
     rule = args.choose or ("vote" if strategy == "majority" else "argmax")
     return searches, sample_rows(problems, searches, strategy, choose, rule, policy.separator)

@@ -199,7 +199,7 @@ def main(argv=None):
     a = parser.add_argument
     a("--sets", nargs="+", help="JSONL, instead of sampling: common/responses.py, read_sets()")
     a("--model", help="reference model F: folder or hub id (default: the policy)")
-    a("--params", default="", help="regular expression: only weights whose name matches")
+    a("--params", type=run.pattern, default="", help="regular expression of weights' names")
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")

@@ -3,7 +3,7 @@
 A script imports this before what is slow. If Python was started with that script, it runs once
 with stand-ins for the slow libraries, up to `with parser:`, where its flags have been read and
 checked (Sphinx's autodoc_mock_imports is the same idea). --help and errors end there. If the flags
-are fine, all that was imported so is forgotten, and the script goes on as if nothing had been.
+are fine, our own modules are forgotten, and the script goes on as if nothing had been.
 """
 import importlib.util
 import sys
@@ -77,7 +77,10 @@ def rehearse(script):
     finally:
         rehearsing = False
         sys.meta_path.remove(finder)
-        sys.modules.clear()
+        for name, module in list(sys.modules.items()):
+            # what else was imported may stay: compiled modules cannot be imported twice
+            if is_ours(module) or isinstance(module, Standin):
+                del sys.modules[name]
         sys.modules.update(before)
 
 

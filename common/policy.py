@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
-from common.models import bos, check, dtype_of, load_pretrained, own_logits
+from common.models import bos, check, dtype_of, load_pretrained, must_fit, own_logits
 from common.node import Node, child_key, next_keys
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -120,6 +120,7 @@ def split_steps(ids, tokenizer, separator, closing):
 
 class Policy:
     """A causal LM that proposes steps. Its counters of tokens (generated, prefilled) only grow."""
+    context = None  # a server knows its own
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
                  max_step_tokens=512, max_steps=40, max_solution_tokens=2048, max_batch_tokens=None,
@@ -157,7 +158,9 @@ class Policy:
         if not question.strip():
             raise ValueError(f"problem {problem_id}: the question is empty")
         key = child_key(self.seed, problem_id)
-        return Node(question, ids=self._ids(question, domain), key=key, domain=domain)
+        ids = self._ids(question, domain)
+        must_fit(len(ids), self.context, question)
+        return Node(question, ids=ids, key=key, domain=domain)
 
     def _ids(self, text, domain=None):
         """Tokens of a step, or of the prompt, which has a domain."""
