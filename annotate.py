@@ -16,6 +16,7 @@
 --out gets the labelled solutions, rows for train.py; OUT.votes all solutions, with the votes or
 why they were dropped. A first wrong step is counted from 0; -1: none; None: the voter abstains.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import itertools
 import time
 from collections import Counter
@@ -248,8 +249,7 @@ def parse(argv):
     a("--consensus", default="all", help="all, majority, or a number of voters")
     a("--keep-unanimous", action="store_true", help="keep problems always or never solved")
     a("--concurrent", type=int, default=200, help="problems annotated together (200)")
-    # Solutions and rollouts run to their end, so there are no limits of a single step.
-    add_policy_flags(parser, without=["--separator", "--max-step-tokens", "--max-steps"])
+    add_policy_flags(parser, without=["--separator"])
     run.add_run_flags(parser, limit=50)
     args = parser.parse_args(argv)
     run.check_run_flags(parser, args, "k", "samples", "concurrent")
@@ -280,9 +280,8 @@ def main(argv=None):
         sampler = next(iter(voters.values()))
         if (heat := args.sampler_temperature) is not None:
             sampler = load_policy_flags(args, device, args.policies[0], temperature=heat)
-        judge = None
-        if args.judge:  # one answer, not a solution in steps
-            judge = load_policy_flags(args, device, args.judge, temperature=0, max_steps=1)
+        judge = args.judge and load_policy_flags(  # one answer, not a solution in steps
+            args, device, args.judge, temperature=0, max_steps=1)
 
         def make(groups):
             write_solutions(sampler, groups)

@@ -14,6 +14,7 @@ settings beside it (.flags). Rows of other settings are refused; --overwrite mak
 --json: {"settings", "metrics": {domain: {name: {N: {"value", "low", "high"}}, "paired": [...]}},
 "beam", "mcts": {domain: ...}, "cost": {strategy: ...}}, or {"settings", "first_error"}.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import hashlib
 import json
 import math

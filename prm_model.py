@@ -13,6 +13,7 @@ plain LM, --fresh-head shows an untrained head, whose scores mean nothing.
 
 Shapes: B solutions, T tokens, M steps that get a p_t (in training: labelled ones), h hidden size.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import math
 import os
 import shutil
@@ -20,16 +21,15 @@ from itertools import islice
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.utils import cached_file
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.models import bos, check, dtype_of, load_pretrained
+from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained, must_fit
+from common.page import Page, solution_tree
 from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed
@@ -49,6 +49,7 @@ class PRM(nn.Module):
         self.tokenizer = tokenizer
         self.name = name                          # under which the tree cache keeps its states
         self.max_batch_tokens = max_batch_tokens  # padded tokens of one forward that scores
+        self.context = getattr(backbone.config, "max_position_embeddings", None)
         self.tokens = 0                           # encoded by score() and score_nodes() so far
         self.format = {"separator": separator, "template": template, "system": system,
                        "dropout": dropout, "base_model": base_model}
@@ -117,6 +118,7 @@ class PRM(nn.Module):
         items = []
         for i, (question, steps) in enumerate(zip(questions, solutions, strict=True)):
             items.append((i, *self.encode(question, steps)))
+            must_fit(min(items[-1][2], default=0), self.context, question)
         scores = [[] for _ in items]
         scored = [item for item in items if item[2]]  # those that have a step
         for batch in batches(scored, lambda item: len(item[1]), self.max_batch_tokens, device):
@@ -205,7 +207,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     form = getattr(config, "prm", None) or {}
     meta = str(device) == "meta"
     if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
-        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path)
+        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path, HEAD_FILE)
     else:
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
                                                 keywords.get("template"), meta)
@@ -217,19 +219,8 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
               **{"base_model": path} | form | keywords)
     if head:
-        prm.head.load_state_dict(head)
+        fill_head(prm.head, head, path)
     return prm.eval()
-
-
-def load_head(path):
-    """The head that PRM.save() wrote."""
-    try:
-        return load_file(cached_file(path, HEAD_FILE))
-    except OSError as error:
-        raise ValueError(f"{path}: {HEAD_FILE} is missing: it is not a whole PRM, save it again") \
-            from error
-    except SafetensorError as error:
-        raise ValueError(f"{path}/{HEAD_FILE}: not a whole safetensors file ({error})") from error
 
 
 # ------------------------------------------------------------ the script: Figures 6 and 8
@@ -243,6 +234,7 @@ def main(argv=None):
     a("--file", help="JSONL of sample rows or stepwise rows (see common/data.py)")
     a("--fresh-head", action="store_true", help="an untrained head on a plain LM")
     a("--limit", type=int, default=3, help="rows of --file to show (3)")
+    a("--html", metavar="FILE", help="the same as a page")
     a("--export", metavar="FOLDER", help="write it as vLLM serves it: Qwen2ForProcessRewardModel")
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
@@ -250,6 +242,7 @@ def main(argv=None):
     if not (args.file or args.export or args.question and args.question.strip() and args.steps):
         parser.error("give --question and --steps, --file, or --export")
     with parser:
+        page = Page(args.html)
         prm = load_prm(args.prm, distributed(args.device)[2], args.dtype, fresh=args.fresh_head)
         if args.export:
             return export(prm, args.export)
@@ -258,7 +251,9 @@ def main(argv=None):
             pairs = list(islice(read_solutions(args.file), args.limit))
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
-    for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
+        solutions = zip(pairs, prm.score(*zip(*pairs)))
+    for (question, steps), scores in solutions:
+        page.add(solution_tree, args.prm, question, steps, scores)
         print(f"\n{question}")
         for step, p in zip(steps, scores):
             print(coloured(step, p))

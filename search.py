@@ -21,15 +21,15 @@ from the root to a node, an action a is a child, so N[child] is N(s, a) and Q[ch
 Symbols: N solutions; K paths kept; M steps sampled below a path; R_i reward of solution i, made of
 its p_t by --aggregate; A_i its answer.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import math
 from collections import Counter, defaultdict
 from functools import partial
 from itertools import chain
 
-from tqdm import tqdm
-
 from common import router, run, tasks
 from common.driver import Request, Search, run_together
+from common.page import Page, search_tree
 from common.policy import add_policy_flags, load_policy_flags
 from common.results import by_domain, compare, report, right, sample_rows, show  # noqa: F401
 from prm_model import AGGREGATIONS, aggregate, load_prm
@@ -188,11 +188,8 @@ def mcts_extended(root, m, simulations, c, reward, N, threshold=PRUNE, **_):
 
 
 def samples_in_rounds(root, left, n, until, **_):
-    """Best-of-N in rounds, under a budget of tokens or --until one of the samples is good enough.
-
-    A round has as many samples as the longest one so far lets fit into left() tokens, at first one.
-    With --until it has ROUND at most: the driver ends the search after the first good one.
-    """
+    """Best-of-N in rounds of as many samples as the longest so far lets fit into left() tokens, at
+    first one. With --until they are ROUND at most: the driver ends the search after a good one."""
     drawn = longest = 0
     while drawn < n:
         most = left() / longest if longest else 1
@@ -223,11 +220,12 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
-    with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
+    with run.bar(len(searches), strategy, leave=False) as progress:
         run_together(searches, policy, prms, progress)
     rows = sample_rows(problems, searches, strategy, policy.separator)
     for row in rows:
-        row["picked"] = choose(row, args.choose or RULES[strategy], args.aggregate)
+        row["rule"] = args.choose or RULES[strategy]
+        row["picked"] = choose(row, row["rule"], args.aggregate)
     return searches, rows
 
 
@@ -289,6 +287,7 @@ def parse(argv):
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
     a("--no-baseline", action="store_true", help="no plain samples of the same tokens beside it")
+    a("--html", metavar="FILE", help="a page with the trees of the first problems")
     add_search_flags(parser)
     add_policy_flags(parser, str(run.TINY / "A"))
     run.add_run_flags(parser, limit=50, summary=False)
@@ -309,6 +308,7 @@ def main(argv=None):
         if args.strategy == "auto":
             vars(args).update(router.route(args.prm[0], args.tokens))
         rank, _, device = run.distributed(args.device)
+        page = Page(args.html if rank == 0 else None)
         problems = []
         for task in args.task if not args.question else ():
             problems += tasks.load(task, args.data, limit=args.limit, seed=args.seed)
@@ -321,9 +321,9 @@ def main(argv=None):
     def search_chunk(chunk):
         searches, rows = solve(chunk, args.strategy, policy, prms, args)
         for search, row in zip(searches, rows):
-            if rank == 0 and row["domain"] not in shown:
-                show(search, row)
-                shown.add(row["domain"])
+            page.add(search_tree, search, row)
+            if rank == 0:
+                show(search, row, shown)
         return rows
 
     def baseline_chunk(chunk):

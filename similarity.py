@@ -21,6 +21,7 @@ Memory: the model, one gradient in its dtype, a byte a weight for the sketch's s
 vectors of the weights' size, which --offload keeps in main memory.
 Symbols: N responses, P weights, K = 4 sets, D numbers of a sketch, R bootstrap draws.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import math
 import random
 import re
@@ -198,7 +199,7 @@ def main(argv=None):
     a = parser.add_argument
     a("--sets", nargs="+", help="JSONL, instead of sampling: common/responses.py, read_sets()")
     a("--model", help="reference model F: folder or hub id (default: the policy)")
-    a("--params", default="", help="regular expression: only weights whose name matches")
+    a("--params", type=run.pattern, default="", help="regular expression of weights' names")
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")

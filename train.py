@@ -17,6 +17,7 @@ are used as they are.
 
 Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
 """
+import common.early  # noqa: F401  answers --help before what is slow to import
 import json
 import math
 import signal
@@ -29,7 +30,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
-from transformers.utils.logging import disable_progress_bar
 
 from common.checkpoint import (
     begin,
@@ -43,7 +43,7 @@ from common.checkpoint import (
 from common.data import load_data, split
 from common.examples import encode_rows, get_batch, label_text, padded_tokens, plan
 from common.metrics import metrics, peak_flops, peak_memory, step_flops
-from common.run import TINY, command_line, distributed, gather, need_positive, share
+from common.run import TINY, command_line, distributed, gather, need_positive, share, whole
 from prm_model import load_prm
 
 WEIGHT_DECAY = 0.1        # on matrices only
@@ -114,7 +114,6 @@ def train(args, stop):
     multiple = 8 if bf16 else 1  # of padded lengths: bf16 matrix units want it
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
-    disable_progress_bar()  # of transformers, at each loading and saving
 
     def log(kind, step, **figures):
         if master:
@@ -122,7 +121,9 @@ def train(args, stop):
                 file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
             short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
             words = [f"{name} {value}" for name, value in short.items() if value is not None]
-            print(f"{kind} {step}:", *words, flush=True)
+            if kind == "train":  # the validations come on top
+                words.append(f"left {figures['seconds'] / step * (len(plans) - step) / 60:.1f} min")
+            print(f"{kind} {step} of {len(plans)}:", *words, flush=True)
 
     if args.resume and any(row["kind"] == "end" for row in read_log(out)):
         print(f"{out}: this run has ended already")
@@ -157,6 +158,8 @@ def train(args, stop):
     plans = []
     for epoch in range(args.epochs):
         plans += plan(lengths, group, args.batch_size, args.batch_tokens, args.seed, epoch)
+    if master and args.max_steps and len(plans) < args.max_steps:
+        print(f"--max-steps {args.max_steps}: there are {len(plans)} in --epochs {args.epochs}")
     plans = plans[:args.max_steps]
     val_lengths = [len(example.ids) for example in val]
     val_plan = plan(val_lengths, world, args.batch_size, args.batch_tokens)
@@ -317,7 +320,7 @@ def main(argv=None):
     a("--epochs", type=int, default=1)
     a("--max-steps", type=int, help="stop after so many optimizer steps (all epochs)")
     a("--eval-every", type=int, default=50, help="steps between validations (50; also 1, 2, 4 ...)")
-    a("--patience", type=int, default=10, help="validations without a new best (10; 0: any)")
+    a("--patience", type=whole, default=10, help="validations without a new best (10; 0: any)")
     a("--seed", type=int, default=0)
     a = parser.add_argument_group("machine").add_argument
     a("--out", default="runs/prm", help="folder of the PRM, its log and checkpoints (runs/prm)")

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from transformers.utils.logging import disable_progress_bar
 
 from common.run import gather, whole_lines, write_rows
 
@@ -87,6 +88,7 @@ def save_prm(out, prm, model, best, snapshot=None):
     """
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = states.get_model_state_dict(model, options=options)  # a collective: on every rank
+    disable_progress_bar()  # of transformers, amid the lines of the log
     if is_master() and snapshot:
         prm.save(out / snapshot, state)
     if is_master() and best:

@@ -9,8 +9,8 @@ Sample rows (search.py and evaluate.py write and read; other projects' outputs c
      {"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool,
       "tokens": int}]}
     and of each sample optionally "end": "eos", "answer", or "length" (cut off: ranks below all
-    others). search.py adds "strategy", "overshoot" (tokens), and to each sample "spent": the tokens
-    that the whole search had generated when it was finished; of MCTS "visits": those of its steps
+    others). search.py adds "strategy", "rule" (of choice), "overshoot" (tokens), and to each sample
+    "spent" (tokens of the whole search when it was finished) and, of MCTS, "visits" (of its steps)
 """
 import gzip
 import hashlib

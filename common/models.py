@@ -16,8 +16,10 @@ from urllib.request import getproxies
 import torch
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils import cached_file
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from common.cache import encode_missing
 from common.node import Node
@@ -34,6 +36,13 @@ def bos(tokenizer):
     A chat template has its own."""
     first = tokenizer("")["input_ids"][:1]  # some add an end-of-text token, too
     return first if first == [tokenizer.bos_token_id] else []
+
+
+def must_fit(tokens, context, question):
+    """ValueError: a question of so many tokens leaves no room in the model's context (or None)."""
+    if context and tokens >= context:
+        raise ValueError(f"a question of {tokens} tokens does not fit into the model's context of "
+                         f"{context}: {question.strip()[:40]!r} ...")
 
 
 def own_logits(lm, hidden):
@@ -124,14 +133,22 @@ def is_local(path):
 def load_pretrained(kind, path, **keywords):
     """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
     would make up. It never runs code from the hub, and never unpickles."""
+    set_verbosity_error()  # what its warnings would say of the weights is in our own errors
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers: a line of noise for each model in a log
     keywords["local_files_only"] = is_local(path)
     try:
+        if kind is AutoTokenizer and Path(path).is_dir() and not any(
+                any(Path(path).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+            raise ValueError("no tokenizer is in it")  # transformers would make one up
         if kind in (AutoConfig, AutoTokenizer):
             return kind.from_pretrained(path, trust_remote_code=False, **keywords)
         model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
-                                           output_loading_info=True, **keywords)
+                                           output_loading_info=True,
+                                           ignore_mismatched_sizes=True, **keywords)
+        if info["mismatched_keys"]:
+            name, there, here = sorted(info["mismatched_keys"])[0]
+            raise ValueError(f"{name} is {list(there)}, and by config.json it is {list(here)}")
         if info["missing_keys"]:
             missing = ", ".join(sorted(info["missing_keys"])[:6])
             raise ValueError(f"weights are missing: {missing}")
@@ -146,6 +163,27 @@ def load_pretrained(kind, path, **keywords):
         hub = "" if keywords["local_files_only"] else f", and the hub gave: {lines[0]}"
         raise ValueError(f"{path}: no such folder{hub}. Offline, pass the path of a local folder "
                          "(made by save_pretrained or `hf download`)") from error
+
+
+def load_head(path, name):
+    """The weights of a PRM's head, which PRM.save() wrote."""
+    try:
+        return load_file(cached_file(path, name))
+    except OSError as error:
+        raise ValueError(f"{path}: {name} is missing: it is not a whole PRM, save it again") \
+            from error
+    except SafetensorError as error:
+        raise ValueError(f"{path}/{name}: not a whole safetensors file ({error})") from error
+
+
+def fill_head(head, weights, path):
+    """Put weights into a PRM's head. ValueError: they are another model's."""
+    try:
+        head.load_state_dict(weights)
+    except RuntimeError as error:  # a line for each weight; the first one says enough
+        why = str(error).strip().splitlines()[1].strip()
+        raise ValueError(f"{path}: the head is of another model than the backbone ({why})") \
+            from error
 
 
 def dtype_of(name, device):

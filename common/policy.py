@@ -20,7 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
-from common.models import bos, check, dtype_of, load_pretrained, own_logits
+from common.models import bos, check, dtype_of, load_pretrained, must_fit, own_logits
 from common.node import Node, child_key, next_keys
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -120,10 +120,11 @@ def split_steps(ids, tokenizer, separator, closing):
 
 class Policy:
     """A causal LM that proposes steps. Its counters of tokens (generated, prefilled) only grow."""
+    context = None  # a server knows its own
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=512, max_steps=40, max_solution_tokens=2048, max_batch_tokens=None,
-                 name="policy"):
+                 max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
+                 max_batch_tokens=None, name="policy"):
         model.set_attn_implementation("sdpa")  # the one that takes our masks
         self.lm = model
         self.model = model.base_model
@@ -157,7 +158,9 @@ class Policy:
         if not question.strip():
             raise ValueError(f"problem {problem_id}: the question is empty")
         key = child_key(self.seed, problem_id)
-        return Node(question, ids=self._ids(question, domain), key=key, domain=domain)
+        ids = self._ids(question, domain)
+        must_fit(len(ids), self.context, question)
+        return Node(question, ids=ids, key=key, domain=domain)
 
     def _ids(self, text, domain=None):
         """Tokens of a step, or of the prompt, which has a domain."""
@@ -350,17 +353,15 @@ def add_policy_flags(parser, default=None, without=()):
     a("--separator", help="text between steps (what the folder says, else an empty line)")
     a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     a("--top-p", type=float, default=1.0, help="sample from the smallest set of this mass (1: all)")
-    a("--max-step-tokens", type=int, default=512, help="a longer step ends the solution (512)")
-    a("--max-steps", type=int, default=40, help="steps of a solution (40)")
     a("--max-solution-tokens", type=int, default=2048, help="tokens without the prompt (2048)")
 
 
 def load_policy_flags(args, device, path=None, **keywords):
     if not args.temperature >= 0 or not 0 < args.top_p <= 1:
         raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
-    if min(args.max_step_tokens, args.max_steps, args.max_solution_tokens) < 1:
-        raise ValueError("--max-step-tokens, --max-steps, --max-solution-tokens: 1 or more")
-    names = ("seed", "temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens")
+    if args.max_solution_tokens < 1:
+        raise ValueError("--max-solution-tokens: 1 or more")
+    names = ("seed", "temperature", "top_p", "max_solution_tokens")
     options = {name: getattr(args, name) for name in names} | keywords
     separator = args.separator
     if separator:  # "\\n" on the command line is a line end

@@ -83,11 +83,16 @@ def coloured(step, p):
     return f"\033[38;2;{red};{green};60m{p:.3f}\033[0m  {step}"
 
 
-def show(search, row):
-    """The chosen solution step by step; under each step what else was sampled there, with p_t."""
+def show(search, row, shown):
+    """The chosen solution step by step; under each step what else was sampled there, with p_t.
+    Of each domain one: `shown` is the set of those that have been."""
+    if row["domain"] in shown:
+        return
+    shown.add(row["domain"])
     print(f"\n{row['question']}\n")
     if row["picked"] is None:
-        return print("no solution was finished")
+        print("no solution was finished")
+        return
     for node in search.finished[row["picked"]][1].path():
         print(indent(coloured(node.text, node.p), "  "))
         siblings = {n.text: n for n in search.sampled if n.parent is node.parent}

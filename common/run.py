@@ -9,6 +9,7 @@ import glob
 import json
 import math
 import os
+import re
 import sys
 from collections import Counter
 from datetime import timedelta
@@ -17,7 +18,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError  # a full disk
 from tqdm import tqdm
+
+from common import early
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"  # the models and rows of this repository
 
@@ -66,6 +70,14 @@ def gather(value):
     return values
 
 
+def bar(total, desc, **keywords):
+    """A tqdm bar; where there is no terminal, a line every half minute, in a log for instance."""
+    if not sys.stderr.isatty():
+        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
+        keywords |= {"bar_format": line, "mininterval": 30, "miniters": 0, "delay": 30}
+    return tqdm(total=total, desc=desc, **keywords)
+
+
 def journaled(out, items, make, names=None, chunk=100, resume=False, desc="problems"):
     """make(list of items) -> their rows, for all items on all ranks. Rank 0 returns all rows.
 
@@ -84,14 +96,14 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     # an item with several rows is made again unless all of its rows are there
     todo = [item for item in items if not finished.keys() >= set(names(item))][rank::world]
     rows = []
-    with tqdm(total=len(todo), desc=desc, disable=rank > 0 or not todo or None) as bar:
+    with bar(len(todo), desc, disable=rank > 0 or not todo) as progress:
         for start in range(0, len(todo), chunk):
             batch = todo[start:start + chunk]
             rows += (new := make(batch))
             if out is not None:
                 with open(f"{out}.part{rank}", "a", encoding="utf-8") as file:
                     file.write(jsonl(new))  # a kill cuts the last line at most
-            bar.update(len(batch))
+            progress.update(len(batch))
     finished |= {row["id"]: row for row in chain.from_iterable(gather(rows))}
     if rank > 0:
         return []
@@ -154,8 +166,8 @@ def write_rows(file, rows):
 class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of thirty flags before it.
 
-    `with parser:` turns what the user can mend (ValueError, OSError, ImportError, Ctrl-C) into one
-    line as well.
+    `with parser:` turns what the user can mend (ValueError, OSError, ImportError, a full disk,
+    Ctrl-C) into one line as well.
     """
 
     args = None
@@ -171,10 +183,11 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(code)
 
     def __enter__(self):
+        early.flags_are_fine()
         return self
 
     def __exit__(self, kind, error, trace):
-        if isinstance(error, (ValueError, OSError, ImportError)):
+        if isinstance(error, (ValueError, OSError, ImportError, SafetensorError)):
             self.error(str(error))
         if isinstance(error, KeyboardInterrupt):
             resumable = getattr(self.args, "out", None) and hasattr(self.args, "resume")
@@ -198,6 +211,22 @@ def bounded(low, high, words):
 
 share = bounded(0, 1, "a share from 0 to 1")
 amount = bounded(0, sys.float_info.max, "a finite number from 0 upwards")
+
+
+def whole(text):
+    """A type of flag: an integer from 0 upwards."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"a whole number from 0 upwards is expected, not {text}")
+    return int(text)
+
+
+def pattern(text):
+    """A type of flag: the text of a regular expression."""
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no regular expression: {error}") from None
+    return text
 
 
 def need_positive(parser, args, *names):
@@ -244,7 +273,7 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
-FREE = ("limit", "concurrent", "device", "json", "out", "resume", "overwrite")
+FREE = ("limit", "concurrent", "device", "html", "json", "out", "resume", "overwrite")
 
 
 def same_flags(parser, args, free=FREE):

@@ -29,6 +29,11 @@ def check_samples(row):
         raise ValueError("no samples: no solution was finished within its budget of tokens")
     if not isinstance(row.get("tests") or {}, dict):
         raise ValueError("tests: an object is expected")
+    if row.get("domain") not in (None, "", "math", "code"):
+        raise ValueError(f"domain: math or code is expected, not {row['domain']!r}")
+    picked = row.get("picked")
+    if picked is not None and not (isinstance(picked, int) and 0 <= picked < len(row["samples"])):
+        raise ValueError(f"picked: {picked!r} is no index of {len(row['samples'])} samples")
     for sample in row["samples"]:
         if not isinstance(sample, dict):
             raise ValueError("a sample that is no object")
@@ -51,16 +56,21 @@ def check_sample(sample):
             raise ValueError(f"{len(p)} scores for {len(steps)} steps")
     if sample.get("correct", False) not in (True, False):
         raise ValueError("correct: true or false is expected")
+    tokens = sample.get("tokens", 0)
+    if not (isinstance(tokens, int) and tokens >= 0):
+        raise ValueError(f"tokens: a number from 0 upwards is expected, not {tokens!r}")
     if not isinstance(sample.get("answer"), str | int | float | None):
         raise ValueError("answer: a text is expected, or null")
 
 
 def read_samples(file):
     """Sample rows of a JSONL file. "correct" and "answer" may be missing: the judge gives them."""
-    rows = []
+    rows, lines = [], {}
     for number, row in read_rows(file):
         try:
             check_samples(row)
+            if (line := lines.setdefault(row["id"], number)) != number:
+                raise ValueError(f"id {row['id']!r} is that of line {line}, too")
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}") from None
         row["domain"] = row.get("domain") or ("code" if row.get("tests") else "math")
@@ -119,8 +129,8 @@ def written(path):
 
 class Once:
     """The folder --out: a file of rows is made once, and continued after a kill."""
-    SAMPLING = ("temperature", "top_p", "max_step_tokens", "max_steps", "max_solution_tokens",
-                "separator", "policy_model", "dtype", "seed")
+    SAMPLING = ("temperature", "top_p", "max_solution_tokens", "separator",
+                "policy_model", "dtype", "seed")
 
     def __init__(self, parser, args):
         self.parser, self.args, self.made = parser, args, set()

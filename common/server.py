@@ -8,6 +8,7 @@ The server keeps a prefix cache of its own, and what that spares cannot be seen 
 `prefilled` stays 0. Retries, timeouts and OPENAI_API_KEY are the openai client's business.
 """
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from common.node import Node, child_key, next_keys
@@ -18,7 +19,8 @@ class ServerPolicy:
     """tokenizer: of a chat model, only to put the question into its template."""
 
     def __init__(self, url, model, tokenizer=None, separator="\n\n", seed=0, temperature=1.0,
-                 top_p=1.0, max_step_tokens=512, max_steps=40, max_solution_tokens=2048, retries=5):
+                 top_p=1.0, max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
+                 retries=5):
         from openai import OpenAI  # imported where it is needed: seconds that others need not wait
         self.client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
                              max_retries=retries, timeout=600)

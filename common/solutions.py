@@ -112,6 +112,8 @@ def given_solutions(files, problems, limit=None, neutral="good"):
             groups.setdefault(question, []).append(
                 Solution(problem, name, row.get("source") or file, row["completions"],
                          given=True, label=first_wrong(row["labels"])))
+    if not groups:
+        raise ValueError(f"{' '.join(files)}: no rows")
     return list(groups.values())
 
 

@@ -10,6 +10,7 @@ A *whole solution text* is judged. Math: its final answer is compared with the g
 program is run against the tests, in the sandbox of judge.py, whose docstring says what that leaves
 open.
 """
+import contextlib
 import pickle
 import time
 import zlib
@@ -151,8 +152,18 @@ def to_problem(task, name, where, row, number):
             zlib.error, EOFError, RecursionError, pickle.UnpicklingError) as error:
         reason = str(error) or "not a row of this task"
         if isinstance(error, KeyError):
-            reason = f"no field {error}"
+            reason = f"no field {error}{others(task, row)}"
         raise ValueError(f"{where}: {reason}") from None
+
+
+def others(task, row):
+    """Which tasks a row of another one looks like, for the message."""
+    names = []
+    for name, (make, *_) in TASKS.items():
+        with contextlib.suppress(Exception):  # a row function may fail in any way on such a row
+            make(row, 0)
+            names.append(name)
+    return f": it is no row of {task}; --task {' or '.join(names)} can read it" if names else ""
 
 
 def reference_rate(problems, progress=False):

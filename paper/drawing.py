@@ -118,8 +118,9 @@ def draw_line(ax, line, points, colour):
     keys = ("x", "value", "low", "high")
     x, value, low, high = zip(*(map(p.get, keys) for p in points))
     dashed = DASHED.search(line)
-    rule = "-." if ", weighted" in line else ":" if ", until" in line else "-"
-    style = {"color": colour, "linestyle": "--" if dashed else rule}
+    rules = {", weighted": "-.", ", until": ":"}  # one strategy, one colour; dashed has no PRM
+    plain = next((style for rule, style in rules.items() if rule in line), "-")
+    style = {"color": colour, "linestyle": "--" if dashed else plain}
     if dashed and len(set(value)) == 1:  # a level, with no points to be read off
         ax.axhline(value[0], **style)
     else:

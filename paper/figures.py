@@ -21,6 +21,7 @@ import math
 import re
 import statistics
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import search
@@ -115,8 +116,6 @@ def fig2(bench, args):
     points, pool, prms = [], bench.run("best_of_n", args.policy), named(args.prms)
     for label, (path, *_) in prms.items():
         snapshots = sorted(Path(path).glob("step-*"))
-        if not snapshots:
-            raise ValueError(f"{path} has no snapshots: train it with --snapshots")
         of = f" of {label}" if len(prms) > 1 else ""
         for folder in snapshots:
             step = int(folder.name.removeprefix("step-"))
@@ -269,6 +268,12 @@ def parse(argv):
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", width) for width in args.widths):
         parser.error("--widths: KxM, as in 4x4")
     args.widths = [tuple(map(int, width.split("x"))) for width in args.widths]
+    for path in chain.from_iterable(named(args.prms).values()):  # before hours of sampling
+        beside = path.count("/") == 1 and Path(path).parent.is_dir()  # or it is a hub id
+        if (beside or path.count("/") > 1 or path.startswith("/")) and not Path(path).is_dir():
+            parser.error(f"--prms {path}: no such folder")
+        if args.exhibit == "fig2" and not list(Path(path).glob("step-*")):
+            parser.error(f"--prms {path} has no snapshots: train it with --snapshots")
     if args.exhibit in ("curves", "fig1", "fig2", "fig3", "table1") and not args.prms:
         parser.error(f"{args.exhibit} needs --prms LABEL=FOLDER ... (recipes/tiny.sh trains them)")
     return parser, args

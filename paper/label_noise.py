@@ -156,11 +156,14 @@ def main(argv=None):
     a("--json", help="write the figures here")
     args = parser.parse_args(argv)
     need_folder(parser, args, "json")
-    try:
-        records = read_votes(args.votes)
-    except (ValueError, OSError, KeyError) as error:
-        parser.error(f"{args.votes}: not votes on the tiny world's problems ({error})")
-    policy, out = load_policy(args.policy, seed=args.seed) if args.searches else None, {}
+    with parser:
+        try:
+            records = read_votes(args.votes)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{args.votes}: not votes on the tiny world's problems ({error})") \
+                from error
+        policy = load_policy(args.policy, seed=args.seed) if args.searches else None
+    out = {}
     for domain in sorted({r["domain"] for r in records}, reverse=True):  # math, code
         group = [r for r in records if r["domain"] == domain]
         out[domain] = measure(domain, group, args.consensus)

@@ -22,7 +22,7 @@ STRATEGIES=${STRATEGIES:-best_of_n majority beam}
 stages=6
 . recipes/stages.sh
 sampling=(--temperature 0.8 --dtype "$DTYPE")
-limits=(--max-step-tokens "$TOKENS" --max-steps "$STEPS")
+limits=(--max-solution-tokens $((TOKENS * STEPS)))
 [ -z "$SERVED" ] || sampling+=(--policy-model "$SERVED")
 
 # §2.1. 2,000 problems x 4 solutions, K rollouts for each prefix of the binary search. With --labels soft: the values
@@ -44,7 +44,7 @@ compare() {  # compare NAME TASK FILE POLICY [flags]
     "${sampling[@]}" "${limits[@]}" "${@:5}" --out "$RUN/$1" --json "$RUN/$1.json"
 }
 compare math "$TASK" "$TEST" "$POLICY"
-compare code "$CODETASK" "$CODE" "$CODER" --max-step-tokens "$CODETOKENS"  # a program is one step
+compare code "$CODETASK" "$CODE" "$CODER" --max-solution-tokens $((CODETOKENS * 4))  # a program is one step
 # Table 2, on the samples that best-of-N chose from
 samples() { ls "$RUN/$1"/best_of_n-"$N"-*.jsonl; }
 # --offload adds up vectors of the model's size in main memory, which takes all cores

@@ -1,13 +1,16 @@
 """What holds for every script: help with an example, and imports that go one way."""
 import ast
 import importlib
+import os
+import subprocess
+import sys
 
 import pytest
 from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
-FLOORS = ["run", "data", "judge", "answers", "loaders", "tasks", "node", "cache", "models", "policy", "published",
-          "examples", "server", "metrics", "router", "results", "driver", "responses", "samples", "solutions",
+FLOORS = ["early", "run", "data", "judge", "answers", "loaders", "tasks", "node", "cache", "models", "policy", "published",
+          "examples", "server", "metrics", "router", "results", "page", "driver", "responses", "samples", "solutions",
           "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
@@ -31,6 +34,16 @@ def test_imports_go_one_way(name):
         elif isinstance(node, ast.ImportFrom):
             found |= {node.module, *(f"{node.module}.{a.name}" for a in node.names)}
     assert found & set(FLOORS) <= set(FLOORS[:FLOORS.index(name)])
+
+
+@pytest.mark.parametrize("flags, code", [("--help", 0), ("--nonsense 1", 2), ("--strategy beam --n 0", 2)])
+@pytest.mark.parametrize("script", ["search", "train", "annotate", "prm_model", "evaluate", "similarity"])
+def test_flags_are_read_before_torch_is_imported(script, flags, code, tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemError('torch was imported')")
+    (tmp_path / "transformers.py").write_text("raise SystemError('transformers was imported')")
+    run = subprocess.run([sys.executable, f"{script}.py", *flags.split()], cwd=ROOT, capture_output=True, text=True,
+                         env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (run.returncode, len(run.stderr.splitlines())) == (code, code // 2)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda f: f.name)

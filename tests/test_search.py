@@ -294,7 +294,7 @@ def test_problems_searched_together_are_searched_as_alone():
 
 # ---------------------------------------------------------------- the script, on the shipped models
 
-SMALL = ["--strategy", "beam", "--task", "tiny-math", "--limit", "4", "--max-step-tokens", "40", "--max-steps", "16",
+SMALL = ["--strategy", "beam", "--task", "tiny-math", "--limit", "4", "--max-solution-tokens", "320",
          "--device", DEVICE, "--dtype", "float32"]
 
 
