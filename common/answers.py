@@ -1,7 +1,16 @@
 """Final answers in math: found in a solution's text, and compared with the gold answer by math-verify."""
+import contextlib
 import functools
-import inspect
+import itertools
+import json
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 from common import judge
 
@@ -52,8 +61,8 @@ def equivalent_many(pairs):
     """Is each prediction equal to its gold answer? pairs [(gold, pred)] -> [bool]. None is never equal to anything.
 
     String equality first, two integers are decided at once, and only the rest goes to math-verify, which needs
-    milliseconds a pair and can hang on odd input: it runs in the sandbox of the code judge, under its time limit
-    (its own guard is SIGALRM, which fails in threads, and is switched off).
+    milliseconds a pair and can hang on odd input: a worker process compares, which can be killed (math-verify's own
+    guard is SIGALRM, which fails in threads, and is switched off).
     """
     equal = {}
     for gold, pred in pairs:
@@ -65,31 +74,85 @@ def equivalent_many(pairs):
             sure = a == b or plain or not 0 < len(b) <= 1000  # no answer is longer, and its parse would take the limit
             equal[gold, pred] = a == b if sure else None
     todo = [pair for pair, known in equal.items() if known is None]
-    size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: a fork costs as much as a few pairs
+    size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: several workers at once, a bar that moves
     chunks = [(todo[i : i + size],) for i in range(0, len(todo), size)]
-    for (chunk,), found in zip(chunks, judge.parallel(_verify_chunk, chunks)):
-        equal.update(zip(chunk, found))
+    for (chunk,), verdicts in zip(chunks, judge.parallel(_verify_chunk, chunks)):
+        equal.update(zip(chunk, verdicts))
     return [equal[gold, pred] for gold, pred in pairs]
 
 
+# ---------------------------------------------------------------------------- workers that compare
+
+_idle = []  # workers live on between calls: importing sympy costs a second
+os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
+
+
 def _verify_chunk(pairs):
-    """One request to the sandbox; a pair that hangs or kills the child counts as unequal, the rest goes on after it."""
-    program = {"kind": "call", "entry": "math_equal", "time_limit": 0.5 * judge.slowness()}
-    done = []
-    while len(done) < len(pairs):
-        left = pairs[len(done) :]
-        results, _, _ = judge.run_program(program, inspect.getsource(math_equal), inputs=left, longer=10)
-        if ("exc", "ModuleNotFoundError") in [result[:2] for result in results]:
+    """Compare in a worker. A pair that hangs or kills it counts as unequal; the rest goes on in a new one."""
+    verdicts, limit = [], 5 * judge.slowness()
+    while len(verdicts) < len(pairs):
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            worker = subprocess.Popen([sys.executable, "-c", "from common.answers import serve; serve()"],
+                                      cwd=Path(__file__).parents[1], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # its CPU time is limited by itself; the wall clock is for one that waits for ever
+        patience = threading.Timer((20 * limit + 60) * len(pairs), worker.kill)
+        patience.start()
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.write(json.dumps([limit, pairs[len(verdicts) :]]).encode() + b"\n")
+            worker.stdin.flush()
+        replies = itertools.takewhile(bool, (worker.stdout.readline() for _ in pairs[len(verdicts) :]))
+        verdicts += [json.loads(reply) for reply in replies]
+        patience.cancel()
+        if "missing" in verdicts:
             raise RuntimeError("math answers need math-verify: pip install 'math-verify[antlr4_13_2]'")
-        done += [(status, value) == ("ok", True) for status, value, _ in results]
-        done += [False] * (len(done) < len(pairs))
-    return done
+        if len(verdicts) < len(pairs):
+            verdicts.append(False)
+            stop(worker)
+        else:
+            _idle.append(worker)
+    return verdicts
+
+
+def stop(worker):
+    worker.kill()
+    worker.communicate()  # no zombie, no open pipes
+
+
+def close():
+    """Stop the workers; the next use starts new ones."""
+    while _idle:
+        stop(_idle.pop())
+
+
+def serve():
+    """A worker's whole life: a line [limit, pairs] in, a line for each pair out. CPU time ends it, by a signal."""
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    for line in sys.stdin:
+        limit, pairs = json.loads(line)
+        for gold, pred in pairs:
+            signal.setitimer(signal.ITIMER_PROF, limit)
+            try:
+                verdict = math_equal(gold, pred)
+            except ModuleNotFoundError:
+                verdict = "missing"
+            except Exception:  # math-verify raises whatever sympy raises
+                verdict = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            print(json.dumps(verdict), flush=True)
+
+
+@functools.lru_cache(10_000)
+def parse(answer):
+    """An answer as math-verify's expressions. Remembered: a vote compares each answer with many."""
+    import math_verify
+
+    return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
 
 
 def math_equal(gold, pred):
-    """Runs in the sandbox. math-verify wants the gold answer first: the comparison is not symmetric."""
-    import re
-
+    """Runs in a worker. math-verify wants the gold answer first: the comparison is not symmetric."""
     import math_verify
 
     if re.fullmatch(r"-?[\d.,]+", gold.strip()):  # math-verify knows some units, and reads others as d * o * l * ...
@@ -99,5 +162,4 @@ def math_equal(gold, pred):
         pred = re.sub(unit, r"\1", pred.strip())
     pred = re.sub(r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])", r"\\\1", pred)  # "pi/2" is not p times i
     pred = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", pred)
-    parsed = [math_verify.parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in (gold, pred)]
-    return bool(math_verify.verify(*parsed, timeout_seconds=None))
+    return bool(math_verify.verify(parse(gold), parse(pred), timeout_seconds=None))
