@@ -9,6 +9,7 @@
 A *whole solution text* is judged. Math: the final answer is taken out of it and compared with the gold one. Code: the
 program is taken out and run against the tests in the sandbox of judge.py, whose docstring says what that leaves open.
 """
+import itertools
 import pickle
 import time
 import zlib
@@ -58,11 +59,16 @@ def vote_keys(items):
     for (problem, _), key in zip(items, keys):
         if problem.domain == "math" and key is not None:
             forms.setdefault((problem.id, problem.question), {})[normalise(key)] = None
-    pairs = [(a, b) for group in forms.values() for n, b in enumerate(group) for a in list(group)[:n]]
-    equal = dict(zip(pairs, equivalent_many(pairs)))
-    for group in forms.values():
-        for b in group:  # its key is that of the first earlier answer that equals it
-            group[b] = next((key for a, key in group.items() if key is not None and equal[a, b]), b)
+    # round by round: the n-th answer of each problem is compared with one representative of each group before it
+    groups = {name: [] for name in forms}
+    for answers in itertools.zip_longest(*map(list, forms.values())):
+        new = {name: answer for name, answer in zip(forms, answers) if answer is not None}
+        pairs = [(key, answer) for name, answer in new.items() for key in groups[name]]
+        equal = dict(zip(pairs, equivalent_many(pairs)))
+        for name, answer in new.items():
+            forms[name][answer] = next((key for key in groups[name] if equal[key, answer]), answer)
+            if forms[name][answer] == answer:
+                groups[name].append(answer)
     return [forms[p.id, p.question][normalise(key)] if p.domain == "math" and key is not None else key
             for (p, _), key in zip(items, keys)]
 
