@@ -128,24 +128,20 @@ def _bigcodebench(row, n):
     return Problem(row["task_id"], row["complete_prompt"], "code", tests=tests, meta=meta)
 
 
-PRELUDE = "".join(f"from {m} import *\n" for m in "typing collections functools itertools math".split()) + (
-    "import bisect, collections, functools, heapq, itertools, math, operator, random, re, string, sys\n"
-)  # what LeetCode's statements take for granted
-
-
-def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0, **meta):
+def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0, wrapped=False,
+             **meta):
     """The shared end of the contest loaders: stdin tests, or calls if a function is named."""
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
     if entry:
-        tests, shown = {"kind": "call", "entry": entry, "json": True, "prelude": PRELUDE}, shown or inputs[:2]
+        tests, shown = {"kind": "call", "entry": entry, "json": True, "wrapped": wrapped}, shown or inputs[:2]
     else:
         inputs, outputs = (["\n".join(v) if isinstance(v, list) else v for v in side] for side in (inputs, outputs))
         asked, tests = " ".join(question.split()), {"kind": "stdin"}
         stated = [v for v in inputs if v.strip() and " ".join(v.split()) in asked]  # only what the statement shows
         shown = shown or stated[:4] or inputs[:1]
     tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, time_limit=seconds * slowness(),
-                 reference=solutions[0] if solutions else None)
+                 prelude="contest", reference=solutions[0] if solutions else None)
     return Problem(str(name), question, "code", tests=tests, meta=meta)
 
 
@@ -158,7 +154,8 @@ def _apps(row, n):
     solutions = row.get("solutions") or []
     question = (row["problem"] if "problem" in row else row["question"]) + "\n\n" + (row.get("starter_code") or "")
     return _contest(row.get("problem_id", row.get("id", n)), question.rstrip(), cases["inputs"], cases["outputs"],
-                    cases.get("fn_name"), solutions=json.loads(solutions) if isinstance(solutions, str) else solutions)
+                    cases.get("fn_name"), wrapped=True,
+                    solutions=json.loads(solutions) if isinstance(solutions, str) else solutions)
 
 
 def _codecontests(row, n):

@@ -6,7 +6,8 @@ import pytest
 from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
-FLOORS = ["run", "data", "judge", "answers", "loaders", "tasks", "node", "cache", "policy", "published",
+FLOORS = ["run", "data", "inside", "inside_tests", "programs", "outputs", "sandbox", "judge",
+          "answers", "loaders", "tasks", "node", "cache", "policy", "published",
           "examples", "server", "metrics", "results", "driver", "responses", "samples", "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
