@@ -1,22 +1,21 @@
 """The process reward model (§2.2, B.1): a decoder whose LM head is replaced by a scalar head.
 
 For a problem Q and steps x_1 .. x_T it says p_t = PRM(Q, x_1, .., x_t), the probability that step
-x_t is correct (Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state at
-the separator's last token, so one forward scores all steps of a solution.
+x_t is correct (Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state
+at the separator's last token, so one forward scores all steps of a solution.
 
-    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. In January she finds 5. Now?" \\
+    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. She finds 5. How many?" \\
         --steps "January: 7+5=11" "Answer: 11"
     python prm_model.py --prm tiny/prm --file samples.jsonl    # sample rows or stepwise rows
 
---prm takes a folder that train.py wrote, a published Qwen/Qwen2.5-Math-PRM-7B or -72B, or any plain
-backbone, whose head is then untrained (and a warning says so).
+--prm takes a folder that train.py wrote or a published PRM (common/published.py lists them). Of a
+plain LM, --fresh-head shows an untrained head, whose scores mean nothing.
 
-Shapes: B solutions, T tokens, M labelled steps, h hidden size.
+Shapes: B solutions, T tokens, M steps that get a p_t (in training: labelled ones), h hidden size.
 """
 import math
 import os
 import shutil
-import sys
 from itertools import islice
 from pathlib import Path
 
@@ -30,8 +29,8 @@ from transformers.utils import cached_file
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.policy import dtype_of, load_pretrained
-from common.published import PUBLISHED, load_published
+from common.models import bos, check, dtype_of, load_pretrained
+from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed
 
@@ -44,23 +43,26 @@ class PRM(nn.Module):
         super().__init__()
         h = backbone.config.hidden_size
         self.backbone = backbone
+        # B.1: two linear layers and one logit in place of the LM head's vocabulary
         self.head = nn.Sequential(nn.Linear(h, h), nn.ReLU(), nn.Dropout(dropout), nn.Linear(h, 1))
         self.head.to(backbone.device, backbone.dtype)
         self.tokenizer = tokenizer
-        self.name = name                          # of its keys and values in the tree cache
+        self.name = name                          # under which the tree cache keeps its states
         self.max_batch_tokens = max_batch_tokens  # padded tokens of one forward that scores
         self.tokens = 0                           # encoded by score() and score_nodes() so far
         self.format = {"separator": separator, "template": template, "system": system,
                        "dropout": dropout, "base_model": base_model}
         self.separator_ids = self._ids(separator)
+        # a published PRM's own text; None: ours
+        self.text = TEXTS[template](tokenizer, separator) if template in TEXTS else None
         # A mark such as <extra_0> must be one token; line ends may take several.
         too_long = separator.strip() and len(self.separator_ids) > 1
         if too_long or tokenizer.decode(self.separator_ids) != separator or not separator:
             raise ValueError(f"{base_model or name}: the tokenizer has no token for the separator "
                              f"{separator!r}")
 
-    def forward(self, ids_BT, rows_M, positions_M):
-        """Logits (M), p = sigmoid(logit), of the steps whose separators end at (rows_M, positions_M).
+    def forward(self, ids_BT, rows_M, positions_M):  # README, step 5
+        """Logits (M), of p = sigmoid(logit), of the steps that end at (rows_M, positions_M).
 
         ids_BT is padded on the right. Attention is causal, so that padding needs no mask.
         """
@@ -75,18 +77,22 @@ class PRM(nn.Module):
 
     def encode_prompt(self, question):
         """Token ids of everything before the first step."""
+        if self.text:
+            return self.text.prompt(question)
         if self.format["template"] == "plain":
             end = "\n" if self.format["separator"] == "\n" else "\n\n"
-            return self._ids(question) + self._ids(end)
+            return bos(self.tokenizer) + self._ids(question) + self._ids(end)
         messages = [{"role": "user", "content": question}]
         if self.format["system"]:
             messages.insert(0, {"role": "system", "content": self.format["system"]})
         return list(self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
                                                        tokenize=True, return_dict=False))
 
-    def encode_step(self, step):
+    def encode_step(self, step, first=False):
         """Token ids of a step, then of the separator, whose last token carries the label. A step is
         tokenised by itself: no token may cross its end, or scores would depend on what follows."""
+        if self.text:
+            return self.text.step(step, first)
         return self._ids(step) + self.separator_ids
 
     def encode(self, question, steps):
@@ -94,7 +100,7 @@ class PRM(nn.Module):
         ids = self.encode_prompt(question)
         positions = []
         for step in steps:
-            ids = ids + self.encode_step(step)
+            ids = ids + self.encode_step(step, first=not positions)
             positions.append(len(ids) - 1)
         return ids, positions
 
@@ -121,7 +127,7 @@ class PRM(nn.Module):
             logits_M = self(ids_BT.to(device), rows_M.to(device), positions_M.to(device))
             split = logits_M.sigmoid().cpu().split(counts.tolist())  # one transfer a batch
             for (i, ids, _), p in zip(batch, split):
-                scores[i] = p.tolist()
+                scores[i] = p.tolist()  # batches are by length: back to the caller's order
                 self.tokens += len(ids)
         return scores
 
@@ -132,7 +138,9 @@ class PRM(nn.Module):
         By the tree cache (common/cache.py) each token of each prefix is encoded once.
         """
         def ids_of(node):
-            return self.encode_step(node.text) if node.parent else self.encode_prompt(node.text)
+            if node.parent is None:
+                return self.encode_prompt(node.text)
+            return self.encode_step(node.text, first=node.parent.parent is None)
         count, hidden = encode_missing(self.backbone, self.name, leaves, ids_of,
                                        self.max_batch_tokens)
         self.tokens += count
@@ -153,24 +161,24 @@ class PRM(nn.Module):
         old = folder.with_name(folder.name + ".old")
         for leftover in (partial, old):
             shutil.rmtree(leftover, ignore_errors=True)
-        parts = {"backbone": {}, "head": {}}
+        parts = {"backbone": {}, "head": {}}  # the backbone stays a folder that others can load
         for key, weight in (state or self.state_dict()).items():
             part, _, name = key.partition(".")
             parts[part][name] = weight.contiguous()
-        self.backbone.config.prm = self.format
+        self.backbone.config.prm = self.format  # by which load_prm() knows its own
         self.backbone.save_pretrained(partial, state_dict=parts["backbone"])
         self.tokenizer.save_pretrained(partial)
         save_file(parts["head"], partial / HEAD_FILE)
         if folder.exists():
             os.replace(folder, old)
-        os.replace(partial, folder)
+        os.replace(partial, folder)  # a kill leaves the old one, none, or the new one: no mixture
         shutil.rmtree(old, ignore_errors=True)
 
 
 # ------------------------------------------------------------ one number for a solution
 
-# Appendix C has PRM-Last and PRM-Min. The default is the product: the probability that all steps are
-# right, if their errors are independent. Unlike the sum it does not reward longer solutions.
+# Appendix C has PRM-Last and PRM-Min. The default is the product: the probability that all steps
+# are right, if their errors are independent. Unlike the sum it does not reward longer solutions.
 AGGREGATIONS = {"last": lambda p: p[-1], "min": min, "prod": math.prod,
                 "mean": lambda p: sum(p) / len(p), "sum": sum}
 
@@ -180,7 +188,7 @@ def aggregate(scores, how):
     return AGGREGATIONS[how](scores) if scores else 0.0
 
 
-# ------------------------------------------------------------ loading: ours, Qwen's, a backbone
+# ------------------------------------------------------------ loading: ours, then others'
 
 HEAD_FILE = "prm_head.safetensors"
 
@@ -188,35 +196,28 @@ HEAD_FILE = "prm_head.safetensors"
 def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     """A PRM from a folder or hub id. A ValueError says what is missing, or how to get it.
 
-    fresh: an untrained head is what is wanted, no warning. device "meta": shapes only, which FSDP
+    fresh: an LM that is no PRM gets an untrained head. device "meta": shapes only, which FSDP
     fills. keywords (separator, template, dropout, ...) override what the folder says.
     """
     path = str(path)
     dtype = dtype_of(dtype, device)
     config = load_pretrained(AutoConfig, path)
-    own_format = getattr(config, "prm", None) or {}
-    head = None
-    if str(device) == "meta":
-        with torch.device("meta"):
-            backbone = AutoModel.from_config(config, dtype=dtype)
-    elif "Qwen2ForProcessRewardModel" in (config.architectures or ()):
-        backbone, head = load_published(path, dtype)
-        own_format = PUBLISHED
+    form = getattr(config, "prm", None) or {}
+    meta = str(device) == "meta"
+    if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
+        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path)
     else:
-        backbone = load_pretrained(AutoModel, path, dtype=dtype)
-        head = load_head(path) if own_format else None
-    if not hasattr(backbone, "layers"):
-        raise ValueError(f"{path}: a {type(backbone).__name__} is not laid out like Llama and Qwen")
+        backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
+                                                keywords.get("template"), meta)
+        form = form or theirs
     backbone.to(device)
+    if not meta:
+        check(backbone, path)  # the tree cache computes what this model does, or a ValueError
     torch.manual_seed(seed)  # an untrained head must be the same on every rank
-    form = {"base_model": path, "separator": getattr(config, "step_separator", "\n\n")}
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
-              **form | own_format | keywords)
+              **{"base_model": path} | form | keywords)
     if head:
         prm.head.load_state_dict(head)
-    elif not fresh:
-        print(f"warning: {path} has no PRM head: using an untrained one, whose scores mean nothing",
-              file=sys.stderr)
     return prm.eval()
 
 
@@ -240,19 +241,23 @@ def main(argv=None):
     a("--question")
     a("--steps", nargs="+", help="the solution, one argument a step")
     a("--file", help="JSONL of sample rows or stepwise rows (see common/data.py)")
+    a("--fresh-head", action="store_true", help="an untrained head on a plain LM")
     a("--limit", type=int, default=3, help="rows of --file to show (3)")
+    a("--export", metavar="FOLDER", help="write it as vLLM serves it: Qwen2ForProcessRewardModel")
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     args = parser.parse_args(argv)
-    if not args.file and not (args.question and args.question.strip() and args.steps):
-        parser.error("give --question and --steps, or --file")
+    if not (args.file or args.export or args.question and args.question.strip() and args.steps):
+        parser.error("give --question and --steps, --file, or --export")
     with parser:
+        prm = load_prm(args.prm, distributed(args.device)[2], args.dtype, fresh=args.fresh_head)
+        if args.export:
+            return export(prm, args.export)
         pairs = [(args.question, args.steps)]
         if args.file:
             pairs = list(islice(read_solutions(args.file), args.limit))
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
-        prm = load_prm(args.prm, distributed(args.device)[2], args.dtype)
     for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
         print(f"\n{question}")
         for step, p in zip(steps, scores):

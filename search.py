@@ -1,7 +1,7 @@
 """The four search strategies of §4.2 and B.4: best-of-N, beam search, MCTS, majority voting.
 
     python search.py --strategy beam                 # the tiny world, shipped with this repository
-    python search.py --strategy mcts --textbook      # exactly Appendix B.4, without our additions
+    python search.py --strategy mcts --textbook      # as Appendix B.4 has it, without our additions
     python search.py --strategy mcts --task tiny-code --tokens 2000      # a budget for each problem
     python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In \\
 February she doubles them. In March she loses 9. In April she finds 6. How many now?"
@@ -28,30 +28,21 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from common import tasks
+from common import run, tasks
 from common.driver import Request, Search, run_together
 from common.policy import add_policy_flags, load_policy_flags
 from common.results import by_domain, compare, report, right, sample_rows, show  # noqa: F401
-from common.run import (
-    TINY,
-    add_run_flags,
-    check_run_flags,
-    command_line,
-    distributed,
-    journaled,
-    same_flags,
-)
 from prm_model import AGGREGATIONS, aggregate, load_prm
 
 # ------------------------------------------------------------ the textbook: Appendix B.4
 
 
-def arg_max(rewards):
+def arg_max(rewards):  # README, step 6
     """B.4.1: index of the best solution, arg max_i R_i. The first of equals wins."""
-    return max(range(len(rewards)), key=rewards.__getitem__)
+    return max(range(len(rewards)), key=rewards.__getitem__)  # max() keeps the first
 
 
-def mode(answers, weights=None):
+def mode(answers, weights=None):  # README, step 6
     """B.4.4: index of the first solution with the most frequent answer, Mode({A_1, ..., A_N}).
 
     weights: the R_i make it the PRM-weighted vote, arg max over answers of their solutions' sum
@@ -60,7 +51,7 @@ def mode(answers, weights=None):
     votes = Counter()
     for i, answer in enumerate(answers):
         if answer is not None:
-            # an unfinished solution has the reward -1: it may not take weight from others
+            # a solution that was cut off has the reward -1: it may not take weight from others
             votes[answer] += max(0.0, weights[i]) if weights else 1.0
     return answers.index(max(votes, key=votes.get)) if votes else 0
 
@@ -73,7 +64,7 @@ def best_of_n(root, n, **_):
 majority_vote = best_of_n  # B.4.4: the same N solutions, of which mode() takes the common answer
 
 
-def beam(root, k, m, path_score, **_):
+def beam(root, k, m, path_score, **_):  # README, step 6
     """B.4.2: expand each of K paths by M steps, keep the K best, until all of them are finished.
 
         Top Paths = Select Top K from { sum_{t=1..T} R(x_t) },   R(x_t) = p_t
@@ -82,25 +73,25 @@ def beam(root, k, m, path_score, **_):
     """
     paths = [root]
     while live := [node for node in paths if node.end is None]:
-        groups = yield Request(live, m)
+        groups = yield Request(live, m)  # expansion: M next steps below each, scored
         finished = [node for node in paths if node.end]  # they stay, and compete with longer ones
         candidates = finished + list(chain.from_iterable(groups))
         paths = sorted(candidates, key=path_score, reverse=True)[:k]  # stable: first of equals
 
 
-def uct_select(s, children, N, Q, c):
+def uct_select(s, children, N, Q, c):  # README, step 6
     """The child to follow:  UCT(s, a) = Q(s, a) + c * sqrt(ln N(s) / N(s, a))   (B.4.3)
 
     Q(s, a)  mean value backed up through child a, in [0, 1]; c is in the same units
     N(s, a)  times a was followed;  N(s)  visits of s
-    An unvisited child wins outright. The first of equals wins, so a seed always grows one tree.
+    An unvisited child wins outright; of equals the first: a seed always grows the same tree.
     """
     def uct(a):
         return Q[a] + c * math.sqrt(math.log(N[s]) / N[a]) if N[a] else math.inf
     return max(children, key=uct)
 
 
-def mcts(root, m, simulations, c, reward, **_):
+def mcts(root, m, simulations, c, reward, **_):  # README, step 6
     """B.4.3: Monte Carlo tree search. Returns the visits N and each expanded node's children."""
     N = Counter()
     Q = defaultdict(float)
@@ -111,7 +102,7 @@ def mcts(root, m, simulations, c, reward, **_):
             path.append(uct_select(path[-1], children[path[-1]], N, Q, c))
         if path[-1].end is None:                            # 2. expansion: M next steps
             [children[path[-1]]] = yield Request([path[-1]], m)
-            path.append(children[path[-1]][0])
+            path.append(children[path[-1]][0])  # none has been visited: take the first
         yield from simulate_and_back_up(path, N, Q, reward)
     return N, children
 
@@ -173,15 +164,15 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
     """
     paths = [root]
     while live := [node for node in paths if node.end is None]:
-        breadth = m * (k - len(paths) + len(live)) // len(live)  # of the live ones
+        finished = [node for node in paths if node.end]
+        breadth = m * (k - len(finished)) // len(live)  # a finished path needs no samples
         if adaptive:
             groups = yield from adaptive_breadth(live, breadth)
         else:
             groups = yield Request(live, breadth)
-        finished = [node for node in paths if node.end]
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
-        for node in set(chain.from_iterable(groups)).difference(paths):
+        for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
@@ -205,6 +196,8 @@ def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
             [steps] = yield Request([leaf], m)
             drawn[leaf] += m
             children[leaf] = prune(merge(children.get(leaf, []) + steps), threshold)
+            for node in set(steps).difference(children[leaf]):
+                node.forget()
             path.append(uct_select(leaf, children[leaf], N, Q, c))
         yield from simulate_and_back_up(path, N, Q, reward)
     return N, children
@@ -235,9 +228,10 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
     options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
         options["n"] = math.inf  # as many samples as the budget buys
-    plan = (TEXTBOOK if args.textbook else STRATEGIES)[strategy]
+    plan = (STRATEGIES | TEXTBOOK if args.textbook else STRATEGIES)[strategy]
     if plan is best_of_n and (budgets or args.tokens < math.inf):
         plan = samples_within
+    # the id fixes the random numbers: whatever shares the batch, the samples are the same
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
@@ -248,7 +242,8 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
 
 
 def choose(rule, search, rewards, answers):
-    """--choose: index of the solution by one of four rules, None if no solution was finished."""
+    """--choose: index of the winner among search.finished, None if that is empty. It holds every
+    solution that ended, also those that fell out of the beam, and MCTS's rollouts."""
     if not rewards:
         return None
     if rule in ("vote", "weighted"):
@@ -269,36 +264,40 @@ def add_search_flags(parser):
     """The flags that solve() reads; evaluate.py has them as well. Capitals: torchrun on Python
     before 3.12 takes --n for a flag of its own, even after the script's name."""
     a = parser.add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="of common/tasks.py: TASK or TASK:SPLIT")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="TASK or TASK:SPLIT")
     a("--data", help="local file instead of the hub")
     a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
     a("--m", "--M", type=int, default=4, help="beam, MCTS: steps sampled below a path, M (4)")
-    a("--c", type=float, default=0.5, help="MCTS: exploration constant of UCT, in units of Q (0.5)")
+    a("--c", type=run.amount, default=0.5, help="MCTS: c of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
-    a("--textbook", action="store_true", help="beam, MCTS exactly as in B.4, without our additions")
+    a("--textbook", action="store_true", help="beam, MCTS as in B.4, without our additions")
     a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    a("--prm", nargs="+", default=[str(TINY / "prm")], help="folders or hub ids; of several the mean p_t")
+    a("--prm", nargs="+", default=[str(run.TINY / "prm")], help="folders or hub ids: mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
 
 
 def parse(argv):
-    parser = command_line(__doc__)
+    parser = run.command_line(__doc__)
     a = parser.add_argument
     a("--strategy", required=True, choices=STRATEGIES)
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
     add_search_flags(parser)
-    add_policy_flags(parser, str(TINY / "A"))
-    add_run_flags(parser, limit=50, summary=False)
+    add_policy_flags(parser, str(run.TINY / "A"))
+    run.add_run_flags(parser, limit=50, summary=False)
     args = parser.parse_args(argv)
-    check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
+    run.check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
         parser.error("--aggregate sum is not in [0, 1], which UCT needs")
+    if args.adaptive and (args.strategy != "beam" or args.textbook):
+        parser.error("--adaptive is for --strategy beam, without --textbook")
+    if args.choose == "visited" and args.strategy != "mcts":
+        parser.error("--choose visited is for --strategy mcts, which counts visits")
     if args.question is not None and not args.question.strip():
         parser.error("--question is empty")
     return parser, args
@@ -307,7 +306,7 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     with parser:
-        rank, _, device = distributed(args.device)
+        rank, _, device = run.distributed(args.device)
         problems = []
         for task in args.task if not args.question else ():
             problems += tasks.load(task, args.data, limit=args.limit, seed=args.seed)
@@ -330,8 +329,8 @@ def main(argv=None):
                 shown.add(row["domain"])
         return rows
     with parser:
-        same_flags(parser, args)
-        rows = journaled(args.out, problems, search_chunk, chunk=args.concurrent,
+        run.same_flags(parser, args)
+        rows = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
                          resume=args.resume)
     if rank == 0 and not args.question:
         report(rows, args)

@@ -32,14 +32,12 @@ from torch.linalg import vector_norm
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-from common import metrics, tasks
+from common import metrics, run, tasks
 from common.policy import load_policy
 from common.responses import DOMAINS, SETS, Response, encode, need_sets, read_sets, report, sets_of
-from common.run import TINY, command_line, distributed, gather, need_folder, need_positive
 from prm_model import AGGREGATIONS, aggregate, load_prm
 
 TABLE_2 = [("Math_PRM", "Code_PRM"), ("Math_PRM", "Code"), ("Math", "Code_PRM"), ("Math", "Code")]
-phrase_pattern = metrics.phrase_pattern  # for evaluate.py
 SELECTED, SHUFFLED = {"Math_PRM", "Code_PRM"}, "selected, tokens shuffled"
 
 
@@ -55,7 +53,7 @@ def loss(F, ids, start):
 
 
 def activation(F, ids, start):
-    """A(θ, s) = |θ · ∂F/∂θ|, a tensor for each of the weights': the paper's A concatenates them."""
+    """A(θ, s) = |θ · ∂F/∂θ|, one tensor for each weight tensor: the paper's A is all of them."""
     weights = [w for w in F.parameters() if w.requires_grad]
     gradients = torch.autograd.grad(loss(F, ids, start), weights)
     # In the gradient's place: a second tensor of that size would be 15 GB for a model of 7B.
@@ -144,7 +142,7 @@ def table_2(responses, sums, sketches, seed, rounds=1000):
 
     is_math = torch.tensor([float(r.domain == "math") for r in responses]).double()
     cosines = (sketches @ sketches.T).double().cpu()
-    # S of the four sets from their sums: fp64, for some of the weights at a time.
+    # exact[i, j] is S(SETS[i], SETS[j]) from the sums: fp64, for some of the weights at a time.
     sizes = torch.stack([members(name).sum() for name in SETS])
     dots = sum(x.double() @ x.double().T for x in sums.split(1 << 24, dim=1)).cpu()
     exact = 100 * dots / (sizes[:, None] * sizes)
@@ -155,9 +153,9 @@ def table_2(responses, sums, sketches, seed, rounds=1000):
     pairs |= {name: (name, name) for name in ("correct only", "wrong only", SHUFFLED)}
     for name, (one, two) in pairs.items():
         values = S(counts * members(one), counts * members(two))
-        if one in SETS:  # S is of the sums, and its spread around that of the sketches
+        if one in SETS:  # the sums give S itself: shift the values of the sketches onto it
             errors.append(float(values[0] - exact[SETS.index(one), SETS.index(two)]))
-        rows[name] = values - errors[-1]  # of controls, which have no sums, S(Math, Code)'s
+        rows[name] = values - errors[-1]  # controls have no sums: shifted as S(Math, Code) is
     # The mean over random subsets is S(Math, Code), by bilinearity: their spread is what counts.
     drawn = random_subsets(responses, rounds, seed)
     null = S(drawn, drawn) - errors[-1]
@@ -191,11 +189,12 @@ def sample(args, separator, rank, world, device):
             names = sets_of(domain, i == best[problem.id], verdicts[i].ok)
             responses.append(Response(domain, problem.question, separator.join(steps), names))
     # In one order for any number of ranks.
-    return sorted(sum(gather(responses), []), key=lambda r: (DOMAINS.index(r.domain), r.question))
+    everyone = sum(run.gather(responses), [])
+    return sorted(everyone, key=lambda r: (DOMAINS.index(r.domain), r.question))
 
 
 def main(argv=None):
-    parser = command_line(__doc__)
+    parser = run.command_line(__doc__)
     a = parser.add_argument
     a("--sets", nargs="+", help="JSONL, instead of sampling: common/responses.py, read_sets()")
     a("--model", help="reference model F: folder or hub id (default: the policy)")
@@ -203,10 +202,10 @@ def main(argv=None):
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
-    a("--policy", default=str(TINY / "A"), help="folder or hub id")
-    a("--prm", default=str(TINY / "prm"), help="folder or hub id")
+    a("--policy", default=str(run.TINY / "A"), help="folder or hub id")
+    a("--prm", default=str(run.TINY / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward, of the steps' p_t (prod)")
-    a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
+    a("--temperature", type=run.amount, default=1.0, help="0 is greedy (1)")
     a("--max-solution-tokens", type=int, default=2048, help="tokens of a response (2048)")
     a("--max-batch-tokens", type=int, default=65536, help="lower it to save memory (65536)")
     a("--limit", type=int, help="problems of each task (50), or rows of each file (all)")
@@ -219,10 +218,10 @@ def main(argv=None):
         parser.error("--sets takes 1, 2 or 4 files, and needs --model")
     if "://" in args.policy:  # A needs gradients
         parser.error("a server has no gradients: sample with search.py --out, then pass --sets")
-    need_positive(parser, args, "n", "limit", "max_solution_tokens", "max_batch_tokens")
-    need_folder(parser, args, "json")  # before the work, not after it
+    run.need_positive(parser, args, "n", "limit", "max_solution_tokens", "max_batch_tokens")
+    run.need_folder(parser, args, "json")  # before the work, not after it
     with parser:
-        rank, world, device = distributed(args.device)
+        rank, world, device = run.distributed(args.device)
         policy = load_policy(args.model or args.policy, device, args.dtype)
         responses = (read_sets(args.sets, args.limit, policy.separator) if args.sets else
                      sample(args, policy.separator, rank, world, device))

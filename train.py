@@ -43,7 +43,7 @@ from common.checkpoint import (
 from common.data import load_data, split
 from common.examples import encode_rows, get_batch, label_text, padded_tokens, plan
 from common.metrics import metrics, peak_flops, peak_memory, step_flops
-from common.run import TINY, command_line, distributed, gather, need_positive
+from common.run import TINY, command_line, distributed, gather, need_positive, share
 from prm_model import load_prm
 
 WEIGHT_DECAY = 0.1        # on matrices only
@@ -54,7 +54,7 @@ CLIP = 1.0                # largest norm of the gradient
 FREE = ("out", "resume", "overwrite", "device", "accumulate")
 
 
-def prm_loss(logits_M, labels_M):
+def prm_loss(logits_M, labels_M):  # README, step 5
     """Step-level binary cross-entropy, Eq. 2 before its division by N -> (sum over M steps, M).
 
         L = -1/N sum_i [ y_i log p_i + (1 - y_i) log(1 - p_i) ],   p_i = sigmoid(logit_i)
@@ -83,7 +83,7 @@ def validate(model, examples, batches, device, autocast, multiple=1):
         with autocast():
             outputs.append((model(*inputs), labels_M, steps_M))
     model.train()
-    columns = [torch.cat(column).cpu() for column in zip(*outputs)]  # the GPU waits once, not for each
+    columns = [torch.cat(column).cpu() for column in zip(*outputs)]  # the GPU waits once
     return metrics(*(torch.cat(column) for column in zip(*gather(columns))))
 
 
@@ -111,7 +111,7 @@ def train(args, stop):
         raise ValueError("--fsdp needs torchrun")
     default_dtype = "bfloat16" if device.type == "cuda" else "float32"
     bf16 = (args.dtype or default_dtype) == "bfloat16"
-    multiple = 8 if bf16 else 1
+    multiple = 8 if bf16 else 1  # of padded lengths: bf16 matrix units want it
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
     disable_progress_bar()  # of transformers, at each loading and saving
@@ -121,7 +121,8 @@ def train(args, stop):
             with open(out / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
             short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
-            print(f"{kind} {step}:", *(f"{k} {v}" for k, v in short.items() if v is not None), flush=True)
+            words = [f"{name} {value}" for name, value in short.items() if value is not None]
+            print(f"{kind} {step}:", *words, flush=True)
 
     if args.resume and any(row["kind"] == "end" for row in read_log(out)):
         print(f"{out}: this run has ended already")
@@ -129,11 +130,13 @@ def train(args, stop):
 
     # -------- data: all rows of all sets, split by problem
     load = partial(load_data, neutral=args.neutral, samples=args.samples, seed=args.seed)
-    rows, val_rows = split(load(args.data), load(args.val_data or []), args.val_fraction, args.val_samples)
+    rows, val_rows = split(load(args.data), load(args.val_data or []), args.val_fraction,
+                           args.val_samples)
 
     # -------- model, in fp32; with --fsdp only rank 0 reads the weights
-    place = ("cpu" if master else "meta") if args.fsdp else device
-    prm = load_prm(args.model, place, "float32", args.seed, fresh=True, dropout=args.dropout).train()
+    unsharded = "cpu" if master else "meta"
+    prm = load_prm(args.model, unsharded if args.fsdp else device, "float32", args.seed, fresh=True,
+                   dropout=args.dropout).train()
     config = prm.backbone.config
     if args.freeze_backbone:
         prm.backbone.requires_grad_(False)
@@ -172,7 +175,8 @@ def train(args, stop):
 
     # -------- where the run stands: at its beginning, or where its last checkpoint was written
     settings = {key: value for key, value in vars(args).items() if key not in FREE}
-    progress = begin(out, args.resume, settings | {"group": group, "rows": len(data)}, model, optimizer)
+    settings |= {"group": group, "rows": len(data)}
+    progress = begin(out, args.resume, settings, model, optimizer)
     totals = progress["totals"]
     if not progress["step"]:
         labels = torch.cat([example.labels for example in data])
@@ -191,7 +195,7 @@ def train(args, stop):
     # -------- the loop
     for step in range(progress["step"], len(plans)):
         started = time.perf_counter()
-        # as many micro-batches for each rank, or one rank would wait for ever
+        # pad with empty micro-batches: a rank that had fewer would keep the others waiting for ever
         micros = plans[step] + [[]] * (-len(plans[step]) % world)
         N = sum(len(data[i].labels) for i in chain.from_iterable(micros))  # of all ranks
         loss_sum = torch.zeros((), device=device)
@@ -206,7 +210,7 @@ def train(args, stop):
             with autocast():
                 logits_M = model(ids_BT, rows_M, positions_M)
             micro_sum, _ = prm_loss(logits_M, labels_M)
-            # Eq. 2's division by N; the exchange takes the mean over ranks: undo that
+            # Eq. 2's division by N. The exchange averages gradients over ranks: times world, a sum
             (micro_sum * (world / N)).backward()
             loss_sum += micro_sum.detach()
             outputs.append((micros[j], rows_M, logits_M.detach()))
@@ -225,7 +229,8 @@ def train(args, stop):
         progress["step"] = step + 1
         figures = accounting(micros, lengths, multiple, parameters, config, args.freeze_backbone,
                              time.perf_counter() - started, device, totals)
-        log("train", step + 1, loss=loss, norm=norm, lr=lr * schedule(step, len(plans)), labels=N, **figures)
+        log("train", step + 1, loss=loss, norm=norm, lr=lr * schedule(step, len(plans)), labels=N,
+            **figures)
 
         # -------- validation, often at first, where abilities emerge (Figure 2): keep the best
         due = (step + 1) % args.eval_every == 0
@@ -262,16 +267,18 @@ def train(args, stop):
 
 
 def accounting(micros, lengths, multiple, parameters, config, frozen, seconds, device, totals):
-    """What a step has cost: tokens/s, padding, utilisation of a known GPU, and all steps' totals."""
-    row_lengths = [[lengths[i] for i in numbers] for numbers in micros]
-    tokens = sum(map(sum, row_lengths))
-    padded = sum(padded_tokens(rows, multiple) for rows in row_lengths)
-    flops, attention = step_flops(parameters, config, list(chain.from_iterable(row_lengths)), frozen)
-    totals.update(tokens=tokens, seconds=seconds, flops=flops, flops_with_attention=flops + attention)
+    """What a step has cost: tokens/s, padding, utilisation of a known GPU; all steps' totals."""
+    row_lengths = [lengths[i] for i in chain.from_iterable(micros)]
+    tokens = sum(row_lengths)
+    padded = sum(padded_tokens([lengths[i] for i in numbers], multiple) for numbers in micros)
+    flops, attention = step_flops(parameters, config, row_lengths, frozen)
+    totals.update(tokens=tokens, seconds=seconds, flops=flops,
+                  flops_with_attention=flops + attention)
     peak = peak_flops(device)
     world = dist.get_world_size() if dist.is_initialized() else 1
     mfu = (flops + attention) / seconds / world / peak if peak else None
-    return {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded, "mfu": mfu, **totals}
+    return {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded, "mfu": mfu,
+            **totals}
 
 
 def broken_rows(data, outputs, micros):
@@ -289,16 +296,16 @@ def broken_rows(data, outputs, micros):
 def main(argv=None):
     parser = command_line(__doc__)
     a = parser.add_argument_group("data").add_argument
-    a("--data", nargs="+", help="JSONL files or hub sets, in any of three schemas (the tiny world's)")
-    a("--neutral", default="good", choices=["good", "bad", "drop"], help="PRM800K's rating 0 (good)")
+    a("--data", nargs="+", help="JSONL files or hub sets (the tiny world's rows)")
+    a("--neutral", default="good", choices=["good", "bad", "drop"], help="PRM800K's 0 (good)")
     a("--samples", type=int, help="rows drawn from each set (400000 as in §3.1; tiny world: 6000)")
     a("--mask-after-first-error", action="store_true", help="no loss after the first wrong step")
     a("--val-data", nargs="+", help="validation sets (default: problems held out of --data)")
-    a("--val-fraction", type=float, default=0.05, help="share of the problems held out (0.05)")
+    a("--val-fraction", type=share, default=0.05, help="share of the problems held out (0.05)")
     a("--val-samples", type=int, default=1000, help="held-out rows to evaluate on at most (1000)")
     a = parser.add_argument_group("model").add_argument
     a("--model", default=str(TINY / "l"), help="backbone, or a PRM to go on from: folder or hub id")
-    a("--dropout", type=float, default=0.1, help="in the head (0.1)")
+    a("--dropout", type=share, default=0.1, help="in the head (0.1)")
     a("--freeze-backbone", action="store_true", help="train the head only")
     a = parser.add_argument_group("optimization").add_argument
     a("--batch-size", type=int, default=16, help="rows of a micro-batch at most (16)")
@@ -310,7 +317,7 @@ def main(argv=None):
     a("--epochs", type=int, default=1)
     a("--max-steps", type=int, help="stop after so many optimizer steps (all epochs)")
     a("--eval-every", type=int, default=50, help="steps between validations (50; also 1, 2, 4 ...)")
-    a("--patience", type=int, default=10, help="validations without a new best at most (10; 0: any)")
+    a("--patience", type=int, default=10, help="validations without a new best (10; 0: any)")
     a("--seed", type=int, default=0)
     a = parser.add_argument_group("machine").add_argument
     a("--out", default="runs/prm", help="folder of the PRM, its log and checkpoints (runs/prm)")
@@ -320,7 +327,7 @@ def main(argv=None):
     a("--device", help="cpu, cuda, cuda:1 (default: the GPU of this rank, where there is one)")
     a("--dtype", choices=["float32", "bfloat16"], help="arithmetic (bfloat16 on cuda)")
     a("--fsdp", action="store_true", help="shard weights, gradients and moments over the ranks")
-    a("--checkpointing", action="store_true", help="recompute activations: less memory, 4/3 the time")
+    a("--checkpointing", action="store_true", help="recompute activations: 4/3 the time")
     args = parser.parse_args(argv)
     need_positive(parser, args, "batch_size", "batch_tokens", "accumulate", "epochs", "max_steps",
                   "eval_every", "samples", "val_samples", "lr", "lr_head")

@@ -19,6 +19,7 @@ import sys
 import time
 import weakref
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -29,7 +30,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import similarity  # noqa: E402
-from common.policy import load_policy, load_pretrained  # noqa: E402
+from common.models import load_pretrained  # noqa: E402
+from common.policy import load_policy  # noqa: E402
 from common.responses import SETS, Response, encode, sets_of  # noqa: E402
 from similarity import accumulate, activation, loss  # noqa: E402
 from tiny import world  # noqa: E402
@@ -108,21 +110,30 @@ class Alive(TorchDispatchMode):
         self.now -= size
 
 
-def count_memory(path, tokens, params, dtype):
-    """What one response takes, by the flags of similarity.py."""
-    config = load_pretrained(AutoConfig, path)
-    # A fake norm has no value.
-    similarity.float = lambda x: 1.0 if isinstance(x, torch.Tensor) else float(x)
-    named = f", --params {params}" if params else ""
-    print(f"{path}, {dtype}, a response of {tokens} tokens{named}: GB alive at once")
-    with FakeTensorMode(), Alive() as alive:
+def fake_float(x):
+    """A fake norm has no value."""
+    return 1.0 if isinstance(x, torch.Tensor) else float(x)
+
+
+def count(config, tokens, params="", dtype="bfloat16"):
+    """Bytes alive at once while a response is added -> (at the peak, of the weights, P)."""
+    fake = mock.patch.object(similarity, "float", fake_float, create=True)
+    with fake, FakeTensorMode(), Alive() as alive:
         lm = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
         weights = alive.peak = alive.now
         items = [(list(range(tokens)), tokens // 3)]
         P = accumulate(lm, items, [{"Math"}], params=params)[0].shape[1]
+    return alive.peak, weights, P
+
+
+def count_memory(path, tokens, params, dtype):
+    """What one response takes, by the flags of similarity.py."""
+    named = f", --params {params}" if params else ""
+    print(f"{path}, {dtype}, a response of {tokens} tokens{named}: GB alive at once")
+    peak, weights, P = count(load_pretrained(AutoConfig, path), tokens, params, dtype)
     vectors = 16 * P  # alive from the first to the last: with --offload, elsewhere
     for flags, there in (("no flag", vectors), ("--offload", 0)):
-        print(f"  {flags:<12}{(alive.peak - vectors + there) / 1e9:>8.1f}, of which weights "
+        print(f"  {flags:<12}{(peak - vectors + there) / 1e9:>8.1f}, of which weights "
               f"{weights / 1e9:.1f}, signs {P / 1e9:.1f}, vectors {there / 1e9:.1f}")
 
 

@@ -4,14 +4,14 @@ A node keeps the keys and values of its own tokens only. Here two paths share a 
 
         prompt [q1 q2 q3]            a batch of b and c, padded on the left:
            |
-        a [a1 a2]                    row b:   -  q1 q2 q3 a1 a2 b1        4 nodes keep 9 tokens;
+        a [a1 a2]                    row b:  -  -  q1 q2 q3 a1 a2 b1      4 nodes keep 9 tokens;
          /      \\                    row c:  q1 q2 q3 a1 a2 c1 c2 c3      the two rows have 14
      b [b1]   c [c1 c2 c3]
 
 A PathBatch copies the pieces of its paths side by side for one model call. A prefix that two paths
 share is computed once, dropping a path is dropping its nodes, and a path that branches again needs
-no copying rules. Policy and PRM keep theirs apart, by name. This file is the second reading: what it
-computes is what a plain forward over each whole text would (tests/test_policy.py).
+no copying rules. Policy and PRM keep theirs apart, by name. This file is a second reading: it
+computes what a plain forward over each whole text would (tests/test_policy.py).
 
 Shapes: B rows, M new tokens, P prefix tokens, L layers, H key-value heads, D head dimension,
 h hidden size.
@@ -36,7 +36,9 @@ class PathBatch:
         device = model.device
         L, H = config.num_hidden_layers, config.num_key_value_heads
         D = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        pieces = [[node.kv[name] for node in path if name in node.kv] for path in paths]
+        pieces = []
+        for path in paths:
+            pieces.append([node.kv[name] for node in path if name in node.kv])
         counts = torch.tensor([sum(map(len, row)) for row in pieces], device=device)
         B, P = len(paths), int(counts.max())
         self.model = model

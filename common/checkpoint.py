@@ -1,13 +1,12 @@
-"""How a run of train.py survives a kill and outgrows one GPU: the best PRM, checkpoints, --resume and --fsdp's shards.
-Nothing of the paper is in here; train.py can be read without it.
+"""How a run of train.py survives a kill and outgrows one GPU. Nothing of the paper is in here.
 
     OUT/*.safetensors, config.json ...   the best PRM so far (--prm OUT of the other scripts)
     OUT/log.jsonl                        one line a step
     OUT/checkpoint-STEP                  weights, moments, counters, until the run has ended
     OUT/step-STEP                        with --snapshots the PRM of each evaluation
 
-Folders appear whole or not at all. A checkpoint of torch.distributed.checkpoint holds each tensor once, whatever the
-number of ranks, so that a run may go on with more or fewer of them (its product with --accumulate staying the same).
+A folder appears whole or not at all. torch.distributed.checkpoint stores each tensor once, whatever
+the number of ranks: a run may go on with more or fewer of them, if ranks x --accumulate stays.
 """
 import json
 import math
@@ -21,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict as states
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from common.run import gather, whole_lines, write_rows
@@ -31,61 +31,83 @@ def is_master():
 
 
 def check_out_folder(out, resume, overwrite, total, trained):
-    """Before any training: a ValueError, on every rank, if --out cannot be written. total, trained: parameters."""
-    problem, needed = None, 16 * (total + trained)  # fp32: PRM and checkpoint, two moments; twice while replaced
-    if out.is_dir() and any(out.iterdir()) and not overwrite and not (resume and (out / "log.jsonl").exists()):
+    """Before any training: a ValueError, on every rank, if --out cannot be written.
+
+    total, trained: numbers of parameters, of which the bytes on disk follow.
+    """
+    problem = None
+    resumable = resume and (out / "log.jsonl").exists()
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not resumable:
         problem = f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
     elif is_master():
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=out).close()
-            replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
-            held = sum(f.stat().st_size for f in replaced)
-            if (free := shutil.disk_usage(out).free + held) <= needed:
-                problem = f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-        except OSError as error:
-            problem = f"--out {out} cannot be written: {error.strerror}"
+        problem = why_not_writable(out, 16 * (total + trained))
     if problem := gather(problem)[0]:
         raise ValueError(problem)
 
 
+def why_not_writable(out, needed):
+    """None, or why `needed` bytes cannot be written: fp32 weights (of the PRM and the checkpoint)
+    and two moments, each of them twice while a new file replaces an old one."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()  # root may write where the mode forbids it: try
+        replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
+        free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in replaced)
+    except OSError as error:
+        return f"--out {out} cannot be written: {error.strerror}"
+    if free <= needed:
+        return f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+    return None
+
+
 def shard(prm, device, bf16):
-    """--fsdp: each layer's weights, gradients and moments are spread over the ranks. Rank 0 has read the weights, the
-    others have empty shapes and receive their shards."""
+    """--fsdp: spread each layer's weights, gradients and moments over the ranks.
+
+    Rank 0 has read the weights. The other ranks have empty shapes and receive their shards.
+    """
     whole = prm.state_dict()
-    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None, reduce_dtype=torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16 if bf16 else None,
+                                  reduce_dtype=torch.float32)
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in [*prm.backbone.layers, prm]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
     if not is_master():
         prm.to_empty(device=device)
-    states.set_model_state_dict(prm, whole if is_master() else {},
-                                options=states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    states.set_model_state_dict(prm, whole if is_master() else {}, options=options)
     for buffer in prm.buffers():  # the rotary frequencies are in no state dict
         dist.broadcast(buffer, 0)
 
 
 def save_prm(out, prm, model, best, snapshot=None):
-    """The PRM as it is now becomes the folder `snapshot`, and OUT if it is the best. A kill between two files of OUT
-    leaves no mixture, but none or not all of the weights; --resume comes by here again and moves them. model: prm, or
-    what DDP made of it."""
-    state = states.get_model_state_dict(model, options=states.StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Write the PRM as it is now to the folder `snapshot`, and to OUT if it is the best.
+
+    model: prm, or what DDP made of it. A kill amid these moves leaves no or not all weights in OUT,
+    never a mixture of two PRMs; --resume comes by here again and moves the rest.
+    """
+    options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = states.get_model_state_dict(model, options=options)  # a collective: on every rank
     if is_master() and snapshot:
         prm.save(out / snapshot, state)
     if is_master() and best:
         prm.save(out / "best", state)
-        for old in out.glob("model*.safetensors*"):  # there may be more files of the old ones than of the new
+        for old in out.glob("model*.safetensors*"):  # the new ones may be fewer files
             old.unlink()
-        for file in (out / "best").iterdir():
+        files = sorted((out / "best").iterdir(), key=lambda file: file.name.startswith("model"))
+        for file in files:  # backbone last: a kill must not leave it beside the old head
             os.replace(file, out / file.name)
         (out / "best").rmdir()
 
 
 def save_checkpoint(out, model, optimizer, progress):
-    """OUT/checkpoint-STEP appears at once or not at all, and only then the one before it goes."""
+    """Write OUT/checkpoint-STEP, at once or not at all. Only then the checkpoint before it goes."""
     partial, final = out / "checkpoint.partial", out / f"checkpoint-{progress['step']:08d}"
     weights, moments = states.get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial, no_dist=not dist.is_initialized())
+    try:
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial,
+                 no_dist=not dist.is_initialized())
+    except CheckpointException as error:  # no Exception: a full disk would be a page of traceback
+        raise OSError(f"{partial}: {str(error).strip().splitlines()[-1]}") from None
     if is_master():
         (partial / "progress.json").write_text(json.dumps(progress))
         os.replace(partial, final)
@@ -94,42 +116,51 @@ def save_checkpoint(out, model, optimizer, progress):
 
 
 def load_checkpoint(folder, model, optimizer):
-    weights, moments = states.get_state_dict(model, optimizer)  # are filled in place
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder, no_dist=not dist.is_initialized())
+    weights, moments = states.get_state_dict(model, optimizer)  # dcp fills these in place
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
+             no_dist=not dist.is_initialized())
     states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 def read_log(out):
-    """The finished lines of OUT/log.jsonl, none if there is no such file."""
+    """The rows of OUT/log.jsonl, without a line that a kill has cut off; [] if there is no file."""
     file = out / "log.jsonl"
     return [json.loads(line) for line in whole_lines(file)] if file.exists() else []
 
 
 def begin(out, resume, settings, model, optimizer):
-    """Where a run stands: at its beginning, or where its last checkpoint was written, from which weights and moments
-    are then loaded -> step: optimizer steps done; best, best_step: validation loss; worse: evaluations since; settings;
-    totals: what the log counts. The log is cut off behind that step, and what else a killed run has left is removed."""
-    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")  # one process saves alone
+    """Start a run, or load weights and moments from its last checkpoint -> progress, a dict:
+
+    step (optimizer steps done), best and best_step (validation loss), worse (evaluations since),
+    settings, totals (what the log counts). Cuts off the log behind that step, and removes the other
+    files of a killed run. ValueError: --resume with other settings.
+    """
+    # one process that saves alone is warned that there is no process group
+    warnings.filterwarnings("ignore", category=UserWarning, module="torch.distributed")
+    totals = {"tokens": 0, "seconds": 0.0, "flops": 0, "flops_with_attention": 0}
     progress = {"step": 0, "best": math.inf, "best_step": 0, "worse": 0, "settings": settings,
-                "totals": {"tokens": 0, "seconds": 0.0, "flops": 0, "flops_with_attention": 0}}
+                "totals": totals}
     checkpoint = max(out.glob("checkpoint-*"), default=None) if resume else None
     if checkpoint:
         progress |= json.loads((checkpoint / "progress.json").read_text())
-        if changed := [f"--{k.replace('_', '-')} was {v}, is {settings.get(k)}"
-                       for k, v in progress["settings"].items() if settings.get(k) != v]:
+        changed = [f"--{name.replace('_', '-')} was {value}, is {settings.get(name)}"
+                   for name, value in progress["settings"].items() if settings.get(name) != value]
+        if changed:
             raise ValueError(f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
         load_checkpoint(checkpoint, model, optimizer)
     progress["totals"] = Counter(progress["totals"])
-    gather("a barrier: all ranks have read")
+    gather("every rank has read before rank 0 removes files")
     if is_master():
-        write_rows(out / "log.jsonl", [row for row in read_log(out) if checkpoint and row["step"] <= progress["step"]])
-        for old in {*out.glob("checkpoint*"), *(() if checkpoint else out.glob("step-*"))} - {checkpoint}:
-            shutil.rmtree(old)
+        rows = read_log(out) if checkpoint else []
+        write_rows(out / "log.jsonl", [row for row in rows if row["step"] <= progress["step"]])
+        stale = set(out.glob("checkpoint*")) - {checkpoint}
+        for folder in stale if checkpoint else stale.union(out.glob("step-*")):
+            shutil.rmtree(folder)
     return progress
 
 
 def finish(out):
-    """The best PRM stays, what resuming needed goes."""
-    for old in out.glob("checkpoint*") if is_master() else ():
-        shutil.rmtree(old)
-    gather("a barrier: OUT is whole when any rank returns")
+    """Remove the checkpoints. The best PRM stays."""
+    for folder in out.glob("checkpoint*") if is_master() else ():
+        shutil.rmtree(folder)
+    gather("OUT is whole when any rank returns")

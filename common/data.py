@@ -1,14 +1,17 @@
-"""Rows on disk: the JSONL formats that the scripts share, and the two original schemas of step labels.
+"""Rows on disk: the JSONL formats that the scripts share, and the two original sets of step labels.
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
-    {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id, domain, source,
-    values (Monte-Carlo estimate of each step; too high where rollouts stopped early), rollouts, votes, first_error
-Sample rows (search.py and evaluate.py write and read; other projects' outputs convert in a few lines):
-    {"id", "domain", "question", "answer" or "tests", "picked": int, "cost": {...},
-     "samples": [{"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool, "tokens": int}]}
-    and of each sample optionally "end": "eos", "answer", or "length" (cut off: ranks below all others). search.py adds
-    "strategy", "vote" (index that the vote picks), "curve" ([tokens, seconds, sample] whenever the best answer changed:
-    Figures 4 and 5), "overshoot" (tokens) and "compared"
+    {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id,
+    domain, source, rollouts, votes, first_error, and values (Monte-Carlo estimate of each step; too
+    high where rollouts stopped early)
+Sample rows (search.py and evaluate.py write and read; other projects' outputs convert easily):
+    {"id", "domain", "question", "answer" or "tests", "picked": int, "cost": {...}, "samples": [
+     {"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool,
+      "tokens": int}]}
+    and of each sample optionally "end": "eos", "answer", or "length" (cut off: ranks below all
+    others). search.py adds "strategy", "vote" (index that the vote picks), "curve" ([tokens,
+    seconds, sample] whenever the best answer changed: Figures 4 and 5), "overshoot" (tokens) and
+    "compared"
 """
 import gzip
 import hashlib
@@ -22,24 +25,32 @@ from tqdm import tqdm
 
 
 def read_rows(file):
-    """Yield (line number, row) of a JSONL file, or (row number, row) of a JSON array; .gz or not. What is no JSON
-    object is a ValueError file:line."""
+    """Yield (line number, row) of a JSONL file, or (row number, row) of a JSON array; .gz or not.
+
+    ValueError "file:line: why" for anything that is not a JSON object.
+    """
     number = 0
-    with (gzip.open if str(file).endswith(".gz") else open)(file, "rt", encoding="utf-8") as lines:
+    opener = gzip.open if str(file).endswith(".gz") else open
+    with opener(file, "rt", encoding="utf-8") as lines:
         try:
-            array = lines.read(1) == "["
+            is_array = lines.read(1) == "["
             lines.seek(0)
-            for number, text in enumerate([lines.read()] if array else lines, 1):
+            for number, text in enumerate([lines.read()] if is_array else lines, 1):
                 if not text.strip():
                     continue
-                found = json.loads(text)
-                for n, row in enumerate(found, 1) if array else [(number, found)]:
+                value = json.loads(text)
+                for n, row in enumerate(value, 1) if is_array else [(number, value)]:
                     if not isinstance(row, dict):
-                        raise ValueError(f"{file}:{n}: a JSON object is expected, not {type(row).__name__}")
+                        name = type(row).__name__
+                        raise ValueError(f"{file}:{n}: a JSON object is expected, not {name}")
                     yield n, row
         except json.JSONDecodeError as error:
-            raise ValueError(f"{file}:{error.lineno if array else number}: not JSON ({error})") from error
-        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:  # the last three: a broken .gz
+            line = error.lineno if is_array else number
+            raise ValueError(f"{file}:{line}: not JSON ({error})") from error
+        except RecursionError as error:  # json calls itself for each level of brackets
+            raise ValueError(f"{file}:{number}: nested too deeply") from error
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            # the last three: a broken .gz; the next line could not be read
             raise ValueError(f"{file}:{number + 1}: {error}") from error
 
 
@@ -47,114 +58,145 @@ def read_solutions(file):
     """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
     for number, row in read_rows(file):
         try:
-            if "completions" in row:
-                yield row["prompt"], row["completions"]
-            else:
-                yield from [(row["question"], sample["steps"]) for sample in row["samples"]]
+            solutions = [(row.get("prompt"), row["completions"])] if "completions" in row else [
+                (row["question"], sample["steps"]) for sample in row["samples"]]
+            for question, steps in solutions:
+                "".join([question, *steps])  # a TypeError if these are no texts
+                if not isinstance(steps, list):
+                    raise TypeError("the steps are no list")
+                yield question, steps
         except (KeyError, TypeError) as error:
             raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row "
                              f"({error!r})") from error
 
 
 def hub_rows(name, *where, **keywords):
-    """("NAME:NUMBER", row) of a data set on the hub. where, keywords: what load_dataset takes."""
+    """Yield ("NAME:NUMBER", row) of a hub's data set; where, keywords as for load_dataset."""
     import datasets
     try:
         rows = datasets.load_dataset(*where, **keywords)
-    except Exception as error:  # the hub client raises many kinds; each of them means that there is no data
+    except Exception as error:  # the hub client raises many kinds, and each means: no data
         why = (str(error).splitlines() or [type(error).__name__])[0][:200].rstrip(".")
-        raise ConnectionError(f"cannot load {name} from the hub: {why}. Pass a local copy: --data FILE (annotate.py: "
-                              "--task-data FILE), .jsonl, .json or .gz") from None
+        raise ConnectionError(f"cannot load {name} from the hub: {why}. Pass a local copy: "
+                              "--data FILE (annotate.py: --task-data FILE), .jsonl, .json or .gz"
+                              ) from None
     return ((f"{name}:{n}", row) for n, row in enumerate(rows, 1))
 
 
-# ---------------------------------------------------------------- stepwise rows, and the two original schemas
+# ------------------------------------------------------------ stepwise rows, and the original sets
 
 def first_wrong(labels):
-    """The first step whose label says wrong, from 0; -1 where there is none (as in ProcessBench). None is no label."""
-    return next((t for t, y in enumerate(labels) if y is not None and y < 0.5), -1)
+    """Index of the first step that is labelled wrong, -1 if none is (as in ProcessBench)."""
+    for t, y in enumerate(labels):
+        if y is not None and y < 0.5:  # None: nobody has labelled this step
+            return t
+    return -1
 
 
 def from_prm800k(row, neutral="good"):
-    """A PRM800K record -> stepwise rows: the path that was followed, and one row for each rated alternative to it.
+    """A PRM800K record -> stepwise rows: the chosen path, and one for each rated alternative to it.
 
-    A path step carries the rating of the completion chosen there; a human's text (chosen_completion null) was never
-    rated, label None. Alternatives repeat the path before them unlabelled, so that each rating is used once.
-    Ratings: 1 good, -1 bad, 0 neutral (`neutral`: "good", "bad", or "drop": no label), null no label.
+    A step of the path carries the rating of the completion chosen there. A step that a human wrote
+    (chosen_completion null) was never rated: label None. An alternative's row repeats the path
+    before it without labels, so that each rating is used once.
+    Ratings: 1 good, -1 bad, null none, 0 neutral (`neutral`: "good", "bad", or "drop": no label).
     """
-    y = {1: 1.0, -1: 0.0, 0: {"good": 1.0, "bad": 0.0, "drop": None}[neutral], None: None}
+    neutral_label = {"good": 1.0, "bad": 0.0, "drop": None}[neutral]
+    label_of = {1: 1.0, -1: 0.0, 0: neutral_label, None: None}
     if row["label"]["finish_reason"] == "bad_problem":
         return []
-    path, labels, rows = [], [], []
+    path, labels = [], []
+    alternatives = []
     for step in row["label"]["steps"]:
-        completions, chosen, human = step["completions"] or [], step["chosen_completion"], step["human_completion"]
-        for i, c in enumerate(completions):
-            if i != chosen and y[c["rating"]] is not None:
-                rows.append((path + [c["text"]], [None] * len(path) + [y[c["rating"]]]))
-        if chosen is None and not human:
+        chosen = step["chosen_completion"]
+        ratings = [label_of[c["rating"]] for c in step["completions"] or []]
+        texts = [c["text"] for c in step["completions"] or []]
+        for i, (text, y) in enumerate(zip(texts, ratings)):
+            if i != chosen and y is not None:
+                alternatives.append(([*path, text], [None] * len(path) + [y]))
+        if chosen is not None:
+            path, labels = [*path, texts[chosen]], [*labels, ratings[chosen]]
+        elif step["human_completion"]:
+            path, labels = [*path, step["human_completion"]["text"]], [*labels, None]
+        else:
             break  # found_error, give_up: nothing was chosen, the record ends
-        path = path + [human["text"] if chosen is None else completions[chosen]["text"]]
-        labels = labels + [None if chosen is None else y[completions[chosen]["rating"]]]
-    rows = [(path, labels), *rows] if path else rows
-    answer = {"answer": row["question"]["ground_truth_answer"]} if row["question"].get("ground_truth_answer") else {}
-    return [{"prompt": row["question"]["problem"], "completions": s, "labels": v, **answer} for s, v in rows]
+    rows = [(path, labels), *alternatives] if path else alternatives
+    question = {"prompt": row["question"]["problem"]}
+    answer = row["question"].get("ground_truth_answer")
+    gold = {"answer": answer} if answer else {}
+    return [{**question, "completions": steps, "labels": ys, **gold} for steps, ys in rows]
 
 
 def from_math_shepherd(row, neutral=None):
     """A Math-Shepherd record -> [stepwise row].
 
-    `input` has the Cyrillic tag "ки" after each step; `label` is the same text with the tags replaced by + or -. The
-    sign is read at the tag's offset, since + and - also occur in sums; each tag before shifted it by one character.
-    A tag inside the question is an annotation error of the set, and is ignored.
+    `input` has the Cyrillic tag "ки" after each step; `label` is the same text with + or - in place
+    of each tag. A tag inside the question is an annotation error of the set, and is ignored.
     """
     text, signs = row["input"], row["label"]
-    first = re.search(r"\bstep 1:", text, re.IGNORECASE)
-    begin = first.start() if first else text.find("?", 0, text.find("ки")) + 1  # a few rows number no steps
+    numbered = re.search(r"\bstep 1:", text, re.IGNORECASE)
+    if numbered:
+        begin = numbered.start()
+    else:
+        begin = text.find("?", 0, text.find("ки")) + 1  # a few rows number no steps
     if begin <= 0:
         raise ValueError('input: no "Step 1:" and no "?" where the question could end')
-    steps, labels, a = [], [], begin
+    steps, labels, end = [], [], begin
     for k, tag in enumerate(re.finditer("ки", text)):
-        sign = signs[tag.start() - k:tag.start() - k + 1]
+        # Look for the sign at the tag's place, since sums have + and -, too. Each of the k tags
+        # before was two characters long, and its sign is one.
+        at = tag.start() - k
+        sign = signs[at:at + 1]
         if sign not in ("+", "-"):
-            raise ValueError(f"label: {sign!r} where the tag of step {k + 1} is, + or - is expected")
+            raise ValueError(f"label: {sign!r} where the tag of step {k + 1} is, "
+                             "+ or - is expected")
         if tag.start() >= begin:
-            steps.append(text[a:tag.start()].strip())
+            steps.append(text[end:tag.start()].strip())
             labels.append(float(sign == "+"))
-            a = tag.end()
-    return [{"prompt": text[:begin].replace("ки", "").strip(), "completions": steps, "labels": labels}]
+            end = tag.end()
+    question = text[:begin].replace("ки", "").strip()
+    return [{"prompt": question, "completions": steps, "labels": labels}]
 
 
-FORMATS = {"stepwise": lambda row, neutral: [row], "prm800k": from_prm800k, "math-shepherd": from_math_shepherd}
+FORMATS = {"stepwise": lambda row, neutral: [row], "prm800k": from_prm800k,
+           "math-shepherd": from_math_shepherd}
+
+
+def format_of(row):
+    """The key of FORMATS that a row's fields show."""
+    if isinstance(row.get("label"), dict):
+        return "prm800k"
+    return "math-shepherd" if "label" in row and "input" in row else "stepwise"
 
 
 def check(row):
-    """Raise a ValueError that names the field if this is no stepwise row. A label is in [0, 1], or None: not known."""
-    prompt, steps, labels = (row.get(k) for k in ("prompt", "completions", "labels"))
+    """ValueError that names the field, if this is no stepwise row. Labels: None, or in [0, 1]."""
+    prompt, steps, labels = row.get("prompt"), row.get("completions"), row.get("labels")
     if not isinstance(prompt, str) or not prompt.strip():
         raise ValueError("prompt: a text is expected")
     if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
         raise ValueError("completions: a list of texts is expected")
-    "".join([prompt, *steps]).encode()  # half a surrogate pair is a ValueError here, and would be worse in a tokenizer
+    "".join([prompt, *steps]).encode()  # half a surrogate pair would crash the tokenizer
     if not isinstance(labels, list) or len(labels) != len(steps):
-        raise ValueError(f"labels: {len(steps)} are expected, one for each of completions, not {labels!r:.60}")
+        raise ValueError(f"labels: {len(steps)} are expected, one for each of completions, "
+                         f"not {labels!r:.60}")
     for y in labels:
         if y is not None and not (isinstance(y, (int, float)) and 0 <= y <= 1):
             raise ValueError(f"labels: {y!r} is not in [0, 1]")
 
 
 def read_set(name, form="auto", neutral="good"):
-    """Yield (where, stepwise row) of a JSONL file or of a hub set's train split."""
+    """Yield ("file:line", stepwise row) of a JSONL file or of a hub set's train split."""
     if Path(name).is_file():
-        found = ((f"{name}:{number}", row) for number, row in read_rows(name))
+        records = ((f"{name}:{number}", row) for number, row in read_rows(name))
     elif name.endswith((".jsonl", ".gz", ".json")):
-        raise ValueError(f"{name}: no such file")
+        raise ValueError(f"{name}: no such file")  # the hub has no such names: do not ask it
     else:
-        found = hub_rows(name, name, split="train")
-    for where, raw in found:
-        schema = form if form != "auto" else "prm800k" if isinstance(raw.get("label"), dict) else \
-            "math-shepherd" if "label" in raw and "input" in raw else "stepwise"
+        records = hub_rows(name, name, split="train")
+    for where, record in records:
+        schema = format_of(record) if form == "auto" else form
         try:
-            for row in FORMATS[schema](raw, neutral):
+            for row in FORMATS[schema](record, neutral):
                 check(row)
                 yield where, row
         except (KeyError, TypeError, IndexError, AttributeError) as error:
@@ -163,37 +205,55 @@ def read_set(name, form="auto", neutral="good"):
             raise ValueError(f"{where}: {error}") from error
 
 
+# ------------------------------------------------------------ training and validation sets
+
 def load_data(names, neutral, samples, seed):
     """All sets of --data as one list of (where, row): at most `samples` of each, drawn at random
     (§3.1, Table 3)."""
-    found = []
+    data = []
     for name in names:
-        rows = list(tqdm(read_set(name, neutral=neutral), f"read {name}", disable=None, leave=False))
+        bar = tqdm(read_set(name, neutral=neutral), f"read {name}", disable=None, leave=False)
+        rows = list(bar)
         if not rows:
             raise ValueError(f"{name}: no rows")
-        # by the file's name: the draw is the same whatever the other sets, and wherever it lies
+        # seeded by the file's name: no other set, and no folder, changes which rows are drawn
         random.Random(f"{seed} {Path(name).name}").shuffle(rows)
-        found += rows[:samples]
-    return found
+        data += rows[:samples]
+    return data
+
+
+def plain(prompt):
+    return " ".join(prompt.split())  # another line break makes no other problem
 
 
 def held_out(prompt, fraction):
-    """Does this problem belong to validation? A hash of the question decides: all its solutions fall on one side, and
-    on the same side in every set and every run, so that PRMs trained on different sets can be compared."""
-    digest = hashlib.blake2b(" ".join(prompt.split()).encode(), digest_size=6).digest()
+    """Does this problem belong to validation? A hash of the question decides.
+
+    So all of a problem's solutions fall on one side, and on the same side in every set and every
+    run: PRMs trained on different sets can be compared.
+    """
+    digest = hashlib.blake2b(plain(prompt).encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") < fraction * 2 ** 48
 
 
-def split(found, val_found, fraction, val_samples):
-    """(training rows, validation rows) with no problem on both sides: val_found, or what is held out of `found`; of
-    validation rows at most val_samples, drawn from all sets."""
-    def problem(row):
-        return " ".join(row["prompt"].split())  # as held_out() has it
-    asked = {problem(row) for _, row in val_found or found if val_found or held_out(row["prompt"], fraction)}
-    val_found = val_found or [(where, row) for where, row in found if problem(row) in asked]
-    found = [(where, row) for where, row in found if problem(row) not in asked]
-    if not found or not val_found:
-        raise ValueError(f"{'validation' if found else 'training'} would be empty: {len(asked)} problems are held out "
-                         f"(--val-fraction, --val-data), and {len(found)} rows are left to train on")
-    random.Random(0).shuffle(val_found)
-    return found, val_found[:val_samples]
+def split(rows, val_rows, fraction, val_samples):
+    """(training rows, validation rows), with no problem on both sides.
+
+    Validation is val_rows or, without any, what held_out() takes from `rows`; of these at most
+    val_samples, drawn from all sets. ValueError: one side would be empty.
+    """
+    if val_rows:
+        val_problems = {plain(row["prompt"]) for _, row in val_rows}
+    else:
+        prompts = [row["prompt"] for _, row in rows]
+        val_problems = {plain(prompt) for prompt in prompts if held_out(prompt, fraction)}
+        val_rows = [item for item in rows if plain(item[1]["prompt"]) in val_problems]
+    train_rows = [item for item in rows if plain(item[1]["prompt"]) not in val_problems]
+    if not train_rows or not val_rows:
+        side = "validation" if train_rows else "training"
+        raise ValueError(f"{side} would be empty: {len(val_problems)} problems are held out "
+                         f"(--val-fraction, --val-data), and {len(train_rows)} rows are left to "
+                         "train on")
+    val_rows = list(val_rows)
+    random.Random(0).shuffle(val_rows)
+    return train_rows, val_rows[:val_samples]

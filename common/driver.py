@@ -66,9 +66,9 @@ class Search:
         for node in [self.root, *self.sampled]:
             node.forget()  # keys and values: most of the tree's memory
 
-    def charge(self, groups, share, seconds, prm_seconds, prefilled, prm_tokens):
-        """Book this search's new nodes and its share of what the batch has cost."""
-        self.generated += new_tokens(self.request, groups)
+    def charge(self, groups, tokens, share, seconds, prm_seconds, prefilled, prm_tokens):
+        """Book this search's new nodes, of `tokens`, and its share of what the batch has cost."""
+        self.generated += tokens
         self.seconds += share * seconds
         self.prm_seconds += share * prm_seconds
         self.prefilled += share * prefilled
@@ -123,12 +123,13 @@ def answer(batch, whole, policy, prms):
     prm_tokens = sum(prm.tokens for prm in prms) - prm_tokens
     for search, groups, new in zip(batch, answers, tokens):
         share = new / max(1, sum(tokens))
-        search.charge(groups, share, scored - started, scored - sampled, prefilled, prm_tokens)
+        search.charge(groups, new, share, scored - started, scored - sampled, prefilled,
+                      prm_tokens)
         search.advance(groups)
 
 
 def score_steps(prms, leaves):
-    """Set node.p of all new steps above `leaves`, with several PRMs (§4.2) to the mean of theirs."""
+    """Set node.p of all new steps above `leaves`; of several PRMs (§4.2) the mean."""
     for prm in prms:
         for node, p in prm.score_nodes(leaves).items():
             node.scores.append(p)

@@ -34,7 +34,8 @@ def encode_rows(prm, rows, max_length, mask_after_first_error=False):
                 break  # the first error itself is learnt
         if labelled:
             positions, labels, steps = (torch.tensor(column) for column in zip(*labelled))
-            examples.append(Example(torch.tensor(ids[:positions[-1] + 1]), positions, labels, steps, where))
+            ids = torch.tensor(ids[:positions[-1] + 1])
+            examples.append(Example(ids, positions, labels, steps, where))
     return examples
 
 

@@ -1,4 +1,4 @@
-"""One function for each benchmark: a row of its data set -> a Problem. tasks.load() reads the rows."""
+"""One function a benchmark: a row of its data set -> a Problem. tasks.load() reads the rows."""
 import ast
 import base64
 import contextlib
@@ -9,6 +9,7 @@ import pickle
 import re
 import zlib
 from dataclasses import dataclass, field
+from itertools import chain
 
 from common import judge
 from common.answers import extract_answer, normalise
@@ -27,7 +28,7 @@ class Problem:
 
 def _math(row, n):
     """MATH-500, AIME, GSM8K, PRM800K in the schemas of the hub and of the original releases."""
-    if isinstance(row.get("question"), dict):  # openai/prm800k: {"question": {"problem", "ground_truth_answer"}, ...}
+    if isinstance(row.get("question"), dict):  # openai/prm800k: the problem and its answer
         row = {**row, **row["question"]}
     text = next(row[k] for k in ("problem", "question", "Problem") if isinstance(row.get(k), str))
     golds = ("answer", "ground_truth_answer", "extracted_groundtruth", "Answer", "solution")
@@ -36,81 +37,107 @@ def _math(row, n):
         raise KeyError("answer")
     meta = {k: row[k] for k in ("solution", "subject", "level") if row.get(k) is not None}
     if gold and ("####" in gold or "\\boxed" in gold):
-        meta["solution"], gold = re.sub(r"<<.*?>>", "", gold), extract_answer(gold)  # GSM8K's calculator marks
-    if "level" in meta:
-        meta["level"] = int(re.sub(r"\D", "", str(meta["level"])) or 0)  # 2 in one copy of MATH-500, "Level 2"
+        meta["solution"] = re.sub(r"<<.*?>>", "", gold)  # GSM8K's calculator marks
+        gold = extract_answer(gold)
+    if "level" in meta:  # 2 in one copy of MATH-500, "Level 2" in the other
+        meta["level"] = int(re.sub(r"\D", "", str(meta["level"])) or 0)
     if gold and re.fullmatch(r"-?\d{1,3}(,\d{3})+|0\d+", gold):
         gold = normalise(gold)  # GSM8K's "1,234", AIME's "033"
-    return Problem(str(row.get("unique_id") or row.get("id") or row.get("ID") or n), text, "math", gold, meta=meta)
+    name = row.get("unique_id") or row.get("id") or row.get("ID") or n
+    return Problem(str(name), text, "math", gold, meta=meta)
 
 
 def _first_error(row, n):
     """ProcessBench: steps and the index of the first wrong one, from 0; -1 = no error."""
     meta = {"steps": list(row["steps"]), "label": int(row["label"])}
+    if not -1 <= meta["label"] < len(meta["steps"]):
+        raise ValueError(f"label: {meta['label']} is no step's number, nor -1")
     return Problem(str(row["id"]), row["problem"], "math", meta=meta)
 
 
-# evalplus's special oracles (its eval/_special_oracle.py): tasks whose statement leaves more than one answer
+# Tasks whose statement leaves more than one answer: evalplus's eval/_special_oracle.py
 ORACLES = {
     "find_zero": "root", "are_equivalent": "anything", "sum_div": "zero",
     "surface_Area": "pyramid", "digit_distance_nums": "digits",
-    **dict.fromkeys(["similar_elements", "find_char_long", "common_in_nested_lists", "extract_singly", "larg_nnum",
-                     "intersection_array", "find_dissimilar", "Diff"], "set"),
+    **dict.fromkeys(["similar_elements", "find_char_long", "common_in_nested_lists", "Diff",
+                     "extract_singly", "larg_nnum", "intersection_array",
+                     "find_dissimilar"], "set"),
     **dict.fromkeys(["check_str", "text_match_three", "text_starta_endb"], "truth"),
 }
 
 
 def _evalplus(row, n):
-    """HumanEval(+) and MBPP(+): evalplus's release files (inputs without outputs), the hub's and the originals."""
-    prompt, human = row["prompt"], "canonical_solution" in row and not str(row["task_id"]).startswith("Mbpp")
-    reference = prompt + row["canonical_solution"] if human else row.get("code") or row["canonical_solution"]
-    entry = row.get("entry_point")
-    if entry is None:  # MBPP names no entry point: it is the function that the first test calls
-        names = {f.name for f in ast.parse(reference).body if isinstance(f, (ast.FunctionDef, ast.ClassDef))}
-        called = [c.func for c in ast.walk(ast.parse(row["test_list"][0])) if isinstance(c, ast.Call)]
-        entry = next(f.id for f in called if isinstance(f, ast.Name) and f.id in names)
+    """HumanEval(+) and MBPP(+): evalplus's release files, the hub's sets, and the originals."""
+    name, prompt, entry = str(row["task_id"]), row["prompt"], row.get("entry_point")
+    human = "canonical_solution" in row and not name.startswith("Mbpp")
+    if human:
+        reference = prompt + row["canonical_solution"]
+        helpers = prompt[:re.search(rf"^def {entry}\b", prompt, re.M).start()]
+    else:
+        reference = row.get("code") or row["canonical_solution"]
+        helpers = ""
+    if entry is None:
+        entry = _first_called(row["test_list"][0], reference)
         prompt = f'"""\n{prompt}\n{row["test_list"][0]}\n"""\n'
-    root = human and entry == "find_zero"
-    tests = {"entry": entry, "reference": reference, "atol": row.get("atol") or (1e-4 if root else 0)}
+    root = human and entry == "find_zero"  # its test has no outputs: a root is right within 1e-4
+    atol = row.get("atol") or (1e-4 if root else 0)
+    tests = {"entry": entry, "reference": reference, "atol": atol}
     if entry in ORACLES and human == root:
         tests["oracle"] = ORACLES[entry]
-    if "base_input" in row:
-        forms = (judge.examples(row.get("assertion") or "", entry) or [[]])[0]
-        inputs = [[_typed(v, forms[min(i, len(forms) - 1)]) if forms else v for i, v in enumerate(args)]
-                  for args in [*row["base_input"], *(row["plus_input"] or [])]]
-        tests.update(kind="call", inputs=inputs, example_inputs=inputs[: len(row["base_input"])][:8])
+    if "base_input" in row:  # the release file: inputs without outputs, which the reference gives
+        inputs = [*row["base_input"], *(row["plus_input"] or [])]
+        examples = judge.examples(row.get("assertion") or "", entry)
+        if examples and examples[0]:
+            # the example's last argument stands for all that follow
+            forms = [*examples[0], *[examples[0][-1]] * max(map(len, inputs), default=0)]
+            inputs = [list(map(_typed, args, forms)) for args in inputs]
+        shown = inputs[:len(row["base_input"])][:8]
+        tests.update(kind="call", inputs=inputs, example_inputs=shown)
     else:
-        tests.update(_table(row.get("test") or "\n".join([*row.get("test_imports", ()), *row["test_list"]])))
-    helpers = prompt[: re.search(rf"^def {entry}\b", prompt, re.M).start()] if human else ""
-    name = str(row["task_id"])
+        code = row.get("test") or "\n".join([*row.get("test_imports", ()), *row["test_list"]])
+        tests.update(_table(code))
     return Problem(name if "/" in name else f"Mbpp/{name}", prompt, "code", tests=tests,
                    meta={"prompt": prompt, "helpers": helpers})
 
 
+def _first_called(test, reference):
+    """MBPP names no entry point: it is the reference's function that the first test calls."""
+    defined = {node.name for node in ast.parse(reference).body
+               if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    called = [node.func for node in ast.walk(ast.parse(test)) if isinstance(node, ast.Call)]
+    return next(f.id for f in called if isinstance(f, ast.Name) and f.id in defined)
+
+
 def _table(code):
-    """evalplus's self-contained tests hold literal lists `inputs` and mostly `results`: calls. Others are asserts."""
-    found = {}
+    """Test code -> tests: calls where it holds evalplus's literal list `inputs`, else asserts."""
+    lists = {}
     for node in ast.walk(ast.parse(code)):
         name = getattr(node.targets[0], "id", None) if isinstance(node, ast.Assign) else None
         if name in ("inputs", "results"):
-            with contextlib.suppress(ValueError):  # results that are not literals: the reference solution says
-                found["inputs" if name == "inputs" else "outputs"] = ast.literal_eval(node.value)
-    if "inputs" in found:
-        return {"kind": "call", "example_inputs": found["inputs"][:3], **found}
+            with contextlib.suppress(ValueError):  # no literals: the reference gives the results
+                key = "inputs" if name == "inputs" else "outputs"
+                lists[key] = ast.literal_eval(node.value)
+    if "inputs" in lists:
+        return {"kind": "call", "example_inputs": lists["inputs"][:3], **lists}
     return {"kind": "assert", "test": code}
 
 
 def _typed(value, form):
-    """Give JSON the types of an example: [[1, 2], [3]] like [(0, 0)] -> [(1, 2), (3,)]; "2j" like 0 -> 2j.
+    """Give JSON the types of an example: [[1, 2], [3]] like [(0, 0)] -> [(1, 2), (3,)];
+    "2j" like 0 -> 2j.
 
-    Containers are typed by depth, as tuples where the example has both; the last depth stands for all below it.
+    Containers are typed by depth, as tuples where the example has both; the last depth stands for
+    all below it.
     """
-    if isinstance(value, str) and isinstance(form, (int, complex)) and re.fullmatch(r"[-+.\dej()]+", value):
+    number = isinstance(form, (int, complex))
+    if isinstance(value, str) and number and re.fullmatch(r"[-+.\dej()]+", value):
         return complex(value)
     kinds, level = [], [form]
     while level := [v for v in level if isinstance(v, (list, tuple, set, dict))]:
-        kinds.append(next((kind for kind in (tuple, set) if kind in map(type, level)), list))
-        level = [item for v in level for item in (v.values() if isinstance(v, dict) else v)]
+        types = {type(v) for v in level}
+        kinds.append(next((kind for kind in (tuple, set) if kind in types), list))
+        items = [v.values() if isinstance(v, dict) else v for v in level]
+        level = list(chain.from_iterable(items))
 
     def convert(value, kinds):
         below = kinds[1:] or kinds
@@ -122,57 +149,79 @@ def _typed(value, form):
 
 
 def _bigcodebench(row, n):
-    tests = {"kind": "unittest", "entry": row["entry_point"], "test": row["test"], "time_limit": 20.0,
-             "reference": row["complete_prompt"] + row["canonical_solution"]}
-    meta = {"prompt": row["complete_prompt"], "helpers": row["code_prompt"].split(f"def {row['entry_point']}")[0]}
-    return Problem(row["task_id"], row["complete_prompt"], "code", tests=tests, meta=meta)
+    prompt, entry = row["complete_prompt"], row["entry_point"]
+    tests = {"kind": "unittest", "entry": entry, "test": row["test"], "time_limit": 20.0,
+             "reference": prompt + row["canonical_solution"]}
+    helpers = row["code_prompt"].split(f"def {entry}")[0]
+    return Problem(row["task_id"], prompt, "code", tests=tests,
+                   meta={"prompt": prompt, "helpers": helpers})
 
 
-def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0, wrapped=False,
-             **meta):
+def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0,
+             wrapped=False, **meta):
     """The shared end of the contest loaders: stdin tests, or calls if a function is named."""
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
     if entry:
-        tests, shown = {"kind": "call", "entry": entry, "json": True, "wrapped": wrapped}, shown or inputs[:2]
+        tests = {"kind": "call", "entry": entry, "json": True, "wrapped": wrapped}
+        shown = shown or inputs[:2]
     else:
-        inputs, outputs = (["\n".join(v) if isinstance(v, list) else v for v in side] for side in (inputs, outputs))
-        asked, tests = " ".join(question.split()), {"kind": "stdin"}
-        stated = [v for v in inputs if v.strip() and " ".join(v.split()) in asked]  # only what the statement shows
+        tests = {"kind": "stdin"}
+        inputs, outputs = list(map(_joined, inputs)), list(map(_joined, outputs))
+        # examples that a solution may see are those that the statement shows
+        statement = " ".join(question.split())
+        stated = [v for v in inputs if v.strip() and " ".join(v.split()) in statement]
         shown = shown or stated[:4] or inputs[:1]
-    tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, time_limit=seconds * slowness(),
-                 prelude="contest", reference=solutions[0] if solutions else None)
+    tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, prelude="contest",
+                 time_limit=seconds * slowness(), reference=solutions[0] if solutions else None)
     return Problem(str(name), question, "code", tests=tests, meta=meta)
 
 
+def _joined(lines):
+    return "\n".join(lines) if isinstance(lines, list) else lines
+
+
 def _apps(row, n):
-    """APPS and TACO (JSON strings inside JSON), and the derived form of CodeContests (plain objects)."""
-    def integer(digits):  # APPS has some of 9,000; int() refuses more than 4,300
-        return int(digits) if len(digits) < 4000 else int(decimal.Decimal(digits))
-    cases = row["tests"] if "tests" in row else json.loads(row["input_output"] or '{"inputs": [], "outputs": []}',
-                                                           parse_int=integer)
+    """APPS and TACO (JSON strings inside JSON), and the derived form of CodeContests."""
+    if "tests" in row:
+        cases = row["tests"]
+    else:
+        cases = json.loads(row["input_output"] or '{"inputs": [], "outputs": []}',
+                           parse_int=_integer)
     solutions = row.get("solutions") or []
-    question = (row["problem"] if "problem" in row else row["question"]) + "\n\n" + (row.get("starter_code") or "")
-    return _contest(row.get("problem_id", row.get("id", n)), question.rstrip(), cases["inputs"], cases["outputs"],
-                    cases.get("fn_name"), wrapped=True,
-                    solutions=json.loads(solutions) if isinstance(solutions, str) else solutions)
+    if isinstance(solutions, str):
+        solutions = json.loads(solutions)
+    question = row["problem"] if "problem" in row else row["question"]
+    question += "\n\n" + (row.get("starter_code") or "")
+    return _contest(row.get("problem_id", row.get("id", n)), question.rstrip(), cases["inputs"],
+                    cases["outputs"], cases.get("fn_name"), solutions=solutions, wrapped=True)
+
+
+def _integer(digits):
+    """APPS has integers of 9,000 digits; int() refuses more than 4,300."""
+    return int(digits) if len(digits) < 4000 else int(decimal.Decimal(digits))
 
 
 def _codecontests(row, n):
-    """deepmind/code_contests. Python only: language 3 of its solutions is Python 3 (1 is Python 2)."""
+    """deepmind/code_contests, its solutions in Python 3 only."""
     if "description" not in row:
         return _apps(row, n)
-    sets = [row[k] for k in ("public_tests", "private_tests", "generated_tests") if row.get(k)]
-    inputs, outputs = ([v for s in sets for v in s[side]] for side in ("input", "output"))
+    inputs, outputs = [], []
+    for name in ("public_tests", "private_tests", "generated_tests"):
+        cases = row.get(name) or {"input": [], "output": []}
+        inputs += cases["input"]
+        outputs += cases["output"]
     limit = row.get("time_limit") or {}
-    seconds = max(4.0, 2 * (limit.get("seconds") or 0) + (limit.get("nanos") or 0) / 5e8)  # C++'s limits, doubled
-    solutions = [s for s, language in zip(row["solutions"]["solution"], row["solutions"]["language"]) if language == 3]
-    return _contest(row["name"], row["description"], inputs, outputs, shown=list(row["public_tests"]["input"]),
-                    solutions=solutions, seconds=seconds)
+    seconds = 2 * (limit.get("seconds") or 0) + (limit.get("nanos") or 0) / 5e8  # C++'s, doubled
+    solutions = zip(row["solutions"]["solution"], row["solutions"]["language"])
+    return _contest(row["name"], row["description"], inputs, outputs,
+                    shown=list(row["public_tests"]["input"]),
+                    solutions=[code for code, language in solutions if language == 3],  # 1 is 2.7
+                    seconds=max(4.0, seconds))
 
 
 class _PlainUnpickler(pickle.Unpickler):
-    """LiveCodeBench pickles a JSON string. Unpickling can call whatever find_class finds, so this one finds nothing."""
+    """LiveCodeBench pickles a JSON string. Unpickling calls what find_class finds: here nothing."""
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"{module}.{name} in pickled tests")
@@ -181,21 +230,23 @@ class _PlainUnpickler(pickle.Unpickler):
 def _livecodebench(row, n):
     hidden = row["private_test_cases"]
     if not hidden.lstrip().startswith("["):
-        hidden = _PlainUnpickler(io.BytesIO(zlib.decompress(base64.b64decode(hidden)))).load()
+        pickled = zlib.decompress(base64.b64decode(hidden))
+        hidden = _PlainUnpickler(io.BytesIO(pickled)).load()
     shown = json.loads(row["public_test_cases"])
     cases = shown + json.loads(hidden)
-    inputs, outputs, entry = [c["input"] for c in cases], [c["output"] for c in cases], None
+    inputs, outputs = [case["input"] for case in cases], [case["output"] for case in cases]
+    entry = None
     if cases[0]["testtype"] == "functional":  # one JSON argument a line
         entry = json.loads(row["metadata"])["func_name"]
-        inputs = [[json.loads(a) for a in v.strip().split("\n")] for v in inputs]
+        inputs = [list(map(json.loads, v.strip().split("\n"))) for v in inputs]
         outputs = list(map(json.loads, outputs))
     question = f"{row['question_content']}\n\n{row.get('starter_code') or ''}".rstrip()
-    return _contest(row["question_id"], question, inputs, outputs, entry, shown=inputs[: len(shown)],
-                    date=str(row["contest_date"]))
+    return _contest(row["question_id"], question, inputs, outputs, entry,
+                    shown=inputs[:len(shown)], date=str(row["contest_date"]))
 
 
 def _recoded(tests, code):
-    """The same with all values coded, and without what is only true of a form or a machine."""
+    """Tests with all values coded, without entries that hold for one form or machine only."""
     return {k: code(v) if k in ("inputs", "example_inputs", "outputs") else v
             for k, v in tests.items() if k not in ("packed", "seconds")}
 
@@ -211,16 +262,17 @@ def unpacked(tests):
 
 
 def own_row(row, n):
-    """This project's own form: {"id", "question", "answer"} or {"id", "question", "tests": {...}}."""
+    """This project's own form: {"id", "question", "answer"} or {"id", "question", "tests"}."""
     tests, answer = unpacked(row.get("tests")), row.get("answer")
     if tests and tests.get("kind") not in ("call", "stdin", "assert", "unittest"):
         raise ValueError(f"tests of kind {tests.get('kind')!r}")
     answer = None if answer is None else str(answer)
-    return Problem(str(row["id"]), row["question"], "code" if tests else "math", answer, tests, row.get("meta") or {})
+    return Problem(str(row["id"]), row["question"], "code" if tests else "math", answer, tests,
+                   row.get("meta") or {})
 
 
-# name -> (row function, hub id, default split, data files if the hub's own loading would need a script, which
-# datasets >= 4 refuses to run)
+# name -> (row function, hub id, default split, data files where the hub's own loading would need a
+# script, which datasets >= 4 refuses to run)
 TASKS = {
     "tiny-math": (own_row, None, "test", None),
     "tiny-code": (own_row, None, "test", None),
@@ -234,7 +286,8 @@ TASKS = {
     "mbpp+": (_evalplus, "evalplus/mbppplus", "test", None),
     "bigcodebench": (_bigcodebench, "bigcode/bigcodebench", "v0.1.4", None),
     "bigcodebench-hard": (_bigcodebench, "bigcode/bigcodebench-hard", "v0.1.4", None),
-    "livecodebench": (_livecodebench, "livecodebench/code_generation_lite", "test", "{split}*.jsonl"),
+    "livecodebench": (_livecodebench, "livecodebench/code_generation_lite", "test",
+                      "{split}*.jsonl"),
     "apps": (_apps, "codeparrot/apps", "train", "{split}.jsonl"),
     "taco": (_apps, "BAAI/TACO", "train", "ALL/{split}-*.parquet"),
     "codecontests": (_codecontests, "deepmind/code_contests", "train", None),

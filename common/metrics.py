@@ -2,7 +2,6 @@
 95 % intervals over problems (Wilson for shares, bootstrap for the rest).
 """
 import random
-import re
 import resource
 import statistics
 import sys
@@ -157,7 +156,8 @@ def bootstrap_counts(groups, rounds=1000, seed=0):
     counts = torch.ones(1 + rounds, len(groups), dtype=torch.double)
     for stratum in dict.fromkeys(stratum for stratum, _ in groups):
         index = [i for i, (s, _) in enumerate(groups) if s == stratum]
-        column = {group: n for n, group in enumerate(dict.fromkeys(groups[i] for i in index))}
+        distinct = dict.fromkeys(groups[i] for i in index)
+        column = {group: n for n, group in enumerate(distinct)}
         draws = Multinomial(len(column), torch.ones(len(column))).sample((rounds,)).double()
         counts[1:, index] = draws[:, [column[groups[i]] for i in index]]
     return counts
@@ -208,7 +208,3 @@ def sketch(tensors, signs, D=65521):
 
 
 # ---------------------------------------------------------------- self-correction (Figure 6)
-
-def phrase_pattern(phrases=("wait", "however", "let me check")):
-    """Matches a text that has one of these phrases, as whole words, in capitals or not."""
-    return re.compile(rf"\b(?:{'|'.join(map(re.escape, phrases))})\b", re.IGNORECASE)

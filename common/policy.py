@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
+from common.models import bos, check, dtype_of, load_pretrained, own_logits
 from common.node import Node, child_key, next_keys
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -163,7 +163,8 @@ class Policy:
         """Tokens of a step, or of the prompt, which has a domain."""
         if domain and self.tokenizer.chat_template:
             return chat_prompt(self.tokenizer, text, domain, tokenize=True)
-        return self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
+        return bos(self.tokenizer) + ids if domain else ids
 
     def adopt(self, node, text):
         """Existing text as a step below a node. Its tokens count as prefilled, not as generated."""
@@ -201,7 +202,10 @@ class Policy:
             samples = self._sample_rows(batch, whole, limit)
             for (node, key), (ids, logps, kv) in zip(batch, samples):
                 children[node, key] = self._nodes(node, key, ids, logps, kv, whole)
-        return [[children[node, key] for key in keys] for node, keys in groups]
+        found = []
+        for node, keys in groups:
+            found.append([children[node, key] for key in keys])
+        return found
 
     def _sample_rows(self, batch, whole, limit):
         """The decoding loop: (node, key) -> (ids, log-probabilities, keys and values) for each."""
@@ -251,7 +255,7 @@ class Policy:
             logits = head(rows.append(token[:, None])[:, -1])
 
     def _logits(self, hidden):
-        return self.lm.get_output_embeddings()(hidden)
+        return own_logits(self.lm, hidden)
 
     def _stop_at_separators(self, stop, length, token, tokens):
         """Set stop (rows) where the tokens so far end in a separator."""
@@ -300,44 +304,15 @@ def decoded_at_once(model):
     size = model.dtype.itemsize
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    # keys and values exist twice while rows are dropped; a row has five copies of its logits
-    kv_bytes = 2 * 2 * config.num_hidden_layers * heads * width * size
+    # keys and values exist twice while rows are dropped, and a row that is counted with 256 new
+    # tokens may come to 1,024; a row has five copies of its logits
+    kv_bytes = 4 * 2 * 2 * config.num_hidden_layers * heads * width * size
     logit_bytes = 5 * 4 * config.vocab_size / 256
     memory = torch.cuda.get_device_properties(model.device).total_memory
     return int(memory / 4 / (kv_bytes + logit_bytes))
 
 
 # ------------------------------------------------------------ loading
-
-def load_pretrained(kind, path, **keywords):
-    """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
-    would make up. It never runs code from the hub, and never unpickles."""
-    try:
-        if kind in (AutoConfig, AutoTokenizer):
-            return kind.from_pretrained(path, trust_remote_code=False, **keywords)
-        model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
-                                           output_loading_info=True, **keywords)
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:6])
-            raise ValueError(f"weights are missing: {missing}")
-        return model
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        if Path(path).is_dir():
-            files = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
-            raise ValueError(f"{path}: cannot load it ({lines[0]}). The folder holds: {files}; "
-                             "needed are config.json, model.safetensors and the tokenizer's "
-                             "files") from error
-        raise ValueError(f"{path}: no such folder, and the hub gave: {lines[0]}. Offline, pass the "
-                         "path of a local folder (made by save_pretrained or `hf download`)") \
-            from error
-
-
-def dtype_of(name, device):
-    """A dtype by its name; None is bfloat16 on cuda and float32 elsewhere."""
-    default = "bfloat16" if str(device).startswith("cuda") else "float32"
-    return getattr(torch, name or default)
-
 
 def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **keywords):
     """A Policy from a folder or hub id, or a ServerPolicy from an http:// address.
@@ -357,14 +332,18 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
         return ServerPolicy(path, served, tokenizer, separator=separator or "\n\n", **keywords)
     tokenizer = load_pretrained(AutoTokenizer, path)
     model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype_of(dtype, device))
+    check(model.to(device).eval(), path)
     separator = separator or getattr(model.config, "step_separator", None) or "\n\n"
-    return Policy(model.to(device).eval(), tokenizer, separator, name=f"policy:{path}", **keywords)
+    return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
 
 
-def add_policy_flags(parser, default=None):
+def add_policy_flags(parser, default=None, without=()):
     """The flags of every script that samples from LLMs; load_policy_flags reads them. No --policy
-    without a default."""
-    a = parser.add_argument
+    without a default; `without`: flags that a script has no use for keep their defaults."""
+    def a(flag, **keywords):
+        if flag not in without:
+            return parser.add_argument(flag, **keywords)
+        parser.set_defaults(**{flag[2:].replace("-", "_"): keywords.get("default")})
     if default:
         a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
     a("--policy-model", help="a server's name of the model; a hub id brings its chat template")

@@ -10,26 +10,29 @@ from common.metrics import mean_se
 
 
 def sample_rows(problems, searches, strategy, choose, rule, separator):
-    """One judged row a problem (format: common/data.py), its samples in the order of finishing."""
+    """One judged row a problem (format: common/data.py), its samples in the order of finishing.
+
+    choose(rule, search, rewards, answers) -> the index of the chosen sample.
+    """
     solutions = []
     for problem, search in zip(problems, searches):
         for _, _, node in search.finished:
             solutions.append((problem, separator.join(node.steps())))
-    verdicts = iter(tasks.judge_many(solutions))
+    verdicts = iter(tasks.judge_many(solutions))  # of all problems at once: the judge is parallel
     keys = iter(tasks.vote_keys(solutions))
     rows = []
     for problem, search in zip(problems, searches):
         nodes = [node for _, _, node in search.finished]
         answers = [next(keys) for _ in nodes]
+        samples = [sample(node, answer, next(verdicts)) for node, answer in zip(nodes, answers)]
         reward = search.options["reward"]
+        # a solution that was cut off ranks below all others, whatever the PRM thinks of it
         rewards = [-1.0 if node.end == "length" else reward(node) for node in nodes]
-        goal = {"answer": problem.answer}
-        if problem.domain == "code":
-            goal = {"tests": packed(problem.tests)}
+        is_code = problem.domain == "code"
+        goal = {"tests": packed(problem.tests)} if is_code else {"answer": problem.answer}
         rows.append({
             "id": problem.id, "domain": problem.domain, "question": problem.question, **goal,
-            "strategy": strategy, "samples": [sample(node, answer, next(verdicts))
-                                              for node, answer in zip(nodes, answers)],
+            "strategy": strategy, "samples": samples,
             "picked": choose(rule, search, rewards, answers),
             "vote": choose("vote", search, rewards, answers),
             "curve": best_so_far(search, rewards), "cost": costs(search),
@@ -38,7 +41,7 @@ def sample_rows(problems, searches, strategy, choose, rule, separator):
 
 
 def sample(node, answer, verdict):
-    path = [step for step in node.path() if step.text]
+    path = [step for step in node.path() if step.text]  # an empty step is only the end token
     return {"steps": node.steps(), "scores": [step.p for step in path], "answer": answer,
             "correct": verdict.ok, "tokens": node.tokens(), "end": node.end}
 
@@ -53,7 +56,7 @@ def best_so_far(search, rewards):
     """[(tokens, seconds, index)] whenever the arg max changed: Figures 4 and 5 read it."""
     curve = []
     for i, (tokens, seconds, _) in enumerate(search.finished):
-        if not curve or rewards[i] > rewards[curve[-1][2]]:
+        if not curve or rewards[i] > rewards[curve[-1][2]]:  # > : the first of equals stays
             curve.append((tokens, round(seconds, 4), i))
     return curve
 
@@ -76,16 +79,18 @@ def compare(row, pool):
 
 def by_domain(rows):
     """{"math": [rows], "code": [rows]}, without domains that have none."""
-    domains = sorted({row["domain"] for row in rows}, reverse=True)
-    return {domain: [row for row in rows if row["domain"] == domain] for domain in domains}
+    parts = {}
+    for row in sorted(rows, key=lambda row: row["domain"], reverse=True):  # stable within a domain
+        parts.setdefault(row["domain"], []).append(row)
+    return parts
 
 
 def coloured(step, p):
     """Figures 6 and 8: a step behind its p_t, from red (0) to green (1) on a terminal."""
-    step = step.replace("\n", "\n" + " " * 7)
+    step = step.replace("\n", "\n" + " " * 7)  # below the text, not below the number
     if not sys.stdout.isatty() and not os.environ.get("FORCE_COLOR"):
         return f"{p:.3f}  {step}"
-    red = round(255 * min(1, 2 - 2 * p))
+    red = round(255 * min(1, 2 - 2 * p))  # p = 1/2 is yellow
     green = round(255 * min(1, 2 * p))
     return f"\033[38;2;{red};{green};60m{p:.3f}\033[0m  {step}"
 
@@ -108,25 +113,30 @@ def show(search, row):
           f"{len(search.sampled)} nodes in the tree\n")
 
 
+def mean(rows, column, key):
+    return statistics.fmean(row[column][key] for row in rows)
+
+
 def report(rows, args):
     """Print a table for each domain: accuracy ± a standard error over problems, and mean costs."""
-    name = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}",
-            "mcts": "MCTS", "majority": f"majority of {args.n}"}.get(args.strategy, args.strategy)
+    names = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}",
+             "mcts": "MCTS", "majority": f"majority of {args.n}"}
     for domain, part in by_domain(rows).items():
-        def mean(column, key, part=part):
-            return statistics.fmean(row[column][key] for row in part)
-        counts = ("policy_generated", "policy_prefilled", "prm_tokens")
-        spent = [mean("cost", key) for key in counts]
-        pool = mean("compared", "pool_tokens")
         print(f"{f'{domain}, {len(part)} problems':<34}accuracy         "
               "generated  prefilled PRM tokens   seconds / problem")
+        counts = ("policy_generated", "policy_prefilled", "prm_tokens")
+        spent = [mean(part, "cost", count) for count in counts]
+        pool = mean(part, "compared", "pool_tokens")
+        sample_tokens = pool / max(1, mean(part, "compared", "pool_samples"))
         for key, label, tokens in (
-                ("picked", name, spent), ("best_of_n", "best-of-N, same tokens", [pool]),
+                ("picked", names.get(args.strategy, args.strategy), spent),
+                ("best_of_n", "best-of-N, same tokens", [pool]),
                 ("majority", "majority vote, same tokens", [pool]),
-                ("single", "a single sample", [pool / max(1, mean("compared", "pool_samples"))])):
+                ("single", "a single sample", [sample_tokens])):
             accuracy, error = mean_se([float(row["compared"][key]) for row in part])
-            seconds = f"{mean('cost', 'seconds'):>10.3f}" if key == "picked" else ""
             columns = "".join(f"{count:>11.0f}" for count in tokens)
-            print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {columns}{seconds}")
+            if key == "picked":
+                columns += f"{mean(part, 'cost', 'seconds'):>10.3f}"
+            print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {columns}")
         if overshoot := max(row["overshoot"] for row in part):
             print(f"  the token budget was overshot by at most {overshoot} tokens")

@@ -1,139 +1,174 @@
-"""What all scripts share: ranks (distributed, gather), rows that survive kills (journaled), one-line errors
-(command_line), and flags that mean the same everywhere (add_run_flags, same_flags).
+"""Shared by all scripts: ranks, rows that survive kills, one-line errors, and the common flags.
+
+    rank, world, device = distributed(args.device)
+    rows = journaled("runs/rows.jsonl", problems, solve_chunk, resume=args.resume)
 """
 import argparse
 import atexit
 import glob
 import json
+import math
 import os
 import sys
 from collections import Counter
 from datetime import timedelta
+from itertools import chain
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-TINY = Path(__file__).resolve().parents[1] / "tiny"  # the models and rows that come with the repository
+TINY = Path(__file__).resolve().parents[1] / "tiny"  # the models and rows of this repository
 
 
 def distributed(device=None):
-    """(rank, world size, device) of this process, with the process group up when started by torchrun.
+    """(rank, world size, device) of this process. Under torchrun, starts the process group.
 
-    One path for CPU and GPU: without --device it is cuda:LOCAL_RANK where there is one, and gloo carries the CPU.
+    The default device is cuda:LOCAL_RANK, or the CPU where there is no GPU. CPU and GPU take the
+    same path: gloo carries tensors on the CPU. ValueError: this machine has no such device.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
-    if device in (None, "cuda"):
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() or device else "cpu"
-    if device != "cpu" and not (device.startswith("cuda") and torch.cuda.is_available()):
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    on_gpu = device.startswith("cuda")
+    if device != "cpu" and not (on_gpu and torch.cuda.is_available()):
         raise ValueError(f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
-    if device != "cpu":
+    if on_gpu:
         torch.cuda.set_device(device)
-    # torchrun's group may be of one process: so DDP and --fsdp can be tried on one GPU
+    # torchrun with one process makes a group, too: DDP and --fsdp can be tried on one GPU
     if (world > 1 or dist.is_torchelastic_launched()) and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo",
-                                timeout=timedelta(days=2))  # ranks meet when all are done, and some are done early
-        # Left to the interpreter's end, the group's threads may still run then, and the process aborts.
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        # ranks that finish early wait for the last one, which may take hours
+        dist.init_process_group(backend, timeout=timedelta(days=2))
+        # the group's threads would outlive the interpreter, and abort the process
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
-        # But nccl's end waits for the other ranks, who may wait for this one: a rank that fails must not come there.
+        # nccl's shutdown waits for the other ranks, which may wait for one that fails
         sys.excepthook = lambda *error, show=sys.excepthook: (show(*error), leave(1))
     return (dist.get_rank() if dist.is_initialized() else 0), world, device
 
 
 def leave(code):
-    """End this process at once, without what is registered for its end."""
+    """End this process at once, without the functions that atexit would call."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
 
 
 def gather(value):
-    """[value of rank 0, value of rank 1, ...], on every rank."""
-    found = [value]
-    if dist.is_initialized():
-        dist.all_gather_object(found := [None] * dist.get_world_size(), value)
-    return found
+    """[value of rank 0, value of rank 1, ...], on every rank. Also serves as a barrier."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def journaled(out, items, make, names=None, chunk=100, resume=False, desc="problems"):
-    """make(some items) -> their rows, for all items and over all ranks -> on rank 0 all rows, elsewhere [].
+    """make(list of items) -> their rows, for all items on all ranks. Rank 0 returns all rows.
 
-    items: each has an id, or `names` tells the ids of its rows. Rows come back, and go to the JSONL file `out` (None:
-    no file), in the order of the items, whatever the number of ranks. Whole lines are appended as they are finished,
-    one part file a rank: after `kill -9` at any moment, `resume` finds what was appended and makes only the rest.
+    Each item has an id, or `names` gives the ids of its rows. The rows are returned, and written to
+    the JSONL file `out` (None: no file), in the order of the items, whatever the number of ranks.
+    Finished rows are appended to one part file a rank: after `kill -9`, `resume` reads these and
+    makes only the missing rows. ValueError: two rows with one id, or a file that cannot be resumed.
     """
     names = names or (lambda item: [item["id"] if isinstance(item, dict) else item.id])
+    ids = list(chain.from_iterable(names(item) for item in items))
+    repeated = [name for name, count in Counter(ids).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{len(repeated)} ids occur more than once, {repeated[0]!r} among them")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    done, twice = {}, [name for name, n in Counter(name for x in items for name in names(x)).items() if n > 1]
-    if twice:
-        raise ValueError(f"{len(twice)} ids occur more than once, {twice[0]!r} among them")
-    if out is not None:
-        out = Path(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        files = [f for f in [out, *beside(out, ".part*")] if f.exists()]
-        for file in files if resume else ():
-            for n, line in enumerate(whole_lines(file), 1):
-                try:
-                    row = json.loads(line)
-                    done[row["id"]] = row
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{file}:{n}: not a row that --resume could keep ({error!r})") from error
-        gather("a barrier: every rank has read before anyone writes")
-        if rank == 0 and files:
-            write_rows(out, done.values())
-            for part in set(files) - {out}:
-                part.unlink(missing_ok=True)  # write_rows has used OUT.partial
-        gather("a barrier")
-    mine, rows = [x for x in items if not done.keys() >= set(names(x))][rank::world], []
-    for start in tqdm(range(0, len(mine), chunk), desc, unit_scale=chunk, disable=rank > 0 or not mine or None):
-        new = make(mine[start:start + chunk])
-        if out is not None:
-            with open(out.with_name(f"{out.name}.part{rank}"), "a", encoding="utf-8") as file:
-                file.write("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in new))
-        rows += new
-    done |= {r["id"]: r for part in gather(rows) for r in part}
+    finished = {} if out is None else collect(Path(out), resume, rank)
+    # an item with several rows is made again unless all of its rows are there
+    todo = [item for item in items if not finished.keys() >= set(names(item))][rank::world]
+    rows = []
+    with tqdm(total=len(todo), desc=desc, disable=rank > 0 or not todo or None) as bar:
+        for start in range(0, len(todo), chunk):
+            batch = todo[start:start + chunk]
+            rows += (new := make(batch))
+            if out is not None:
+                with open(f"{out}.part{rank}", "a", encoding="utf-8") as file:
+                    file.write(jsonl(new))  # a kill cuts the last line at most
+            bar.update(len(batch))
+    finished |= {row["id"]: row for row in chain.from_iterable(gather(rows))}
     if rank > 0:
         return []
-    rows = [done.pop(name) for x in items for name in names(x) if name in done]
+    rows = [finished.pop(name) for name in ids if name in finished]
     if out is not None:
-        write_rows(out, [*rows, *done.values()])  # what was there of other items stays, at the end
-        for part in beside(out, ".part*"):
+        write_rows(out, [*rows, *finished.values()])  # rows of other items stay, at the end
+        for part in beside(Path(out), ".part*"):
             part.unlink()
     return rows
 
 
+def collect(out, resume, rank):
+    """{id: row} of what a killed run left in `out` and its part files, which become one file."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files = [file for file in (out, *beside(out, ".part*")) if file.exists()]
+    finished = {}
+    for file in files if resume else ():
+        for number, line in enumerate(whole_lines(file), 1):
+            try:
+                row = json.loads(line)
+                finished[row["id"]] = row
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise ValueError(f"{file}:{number}: not a row that --resume could keep "
+                                 f"({error!r})") from error
+    gather("every rank has read before rank 0 writes")
+    if rank == 0 and files:
+        write_rows(out, finished.values())
+        for part in set(files) - {out}:
+            part.unlink(missing_ok=True)  # OUT.partial is gone: write_rows renamed it
+    gather("rank 0 has written before any rank appends")
+    return finished
+
+
 def whole_lines(file):
-    """The lines of a file that was appended to, as bytes, without a last one that a kill or a full disk has cut off."""
+    """A file's lines as bytes, without a last line that a kill or a full disk has cut off."""
     return file.read_bytes().split(b"\n")[:-1]
 
 
 def beside(out, pattern):
-    """The files whose names are out's and then the pattern; out's own name may hold [ or *."""
+    """Files named like `out`, followed by the pattern. The name itself may contain [ or *."""
     return sorted(out.parent.glob(glob.escape(out.name) + pattern))
 
 
 def begun(out):
-    """What a run has left at out: when it was killed, out.part0 or out.votes.part0."""
+    """Files of an earlier run: `out` or, if that run was killed, OUT.part0 or OUT.votes.part0."""
     return [f for f in (out, *beside(out, ".votes*"), *beside(out, ".part*")) if f.exists()]
 
 
+def jsonl(rows):
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def write_rows(file, rows):
-    """A JSONL file, replaced as a whole or not at all."""
-    partial = Path(file).with_name(Path(file).name + ".partial")
-    partial.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    """Write a JSONL file that a kill leaves either old or new, never mixed."""
+    partial = Path(f"{file}.partial")
+    partial.write_text(jsonl(rows), encoding="utf-8")
     os.replace(partial, file)
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser whose errors are one line, without the usage of forty flags before it. `with parser:` what the user can
-    mend, a ValueError, OSError or ImportError, becomes one, too."""
+    """A parser whose errors are one line, without the usage of thirty flags before it.
 
-    def error(self, message):
+    `with parser:` turns what the user can mend (ValueError, OSError, ImportError, Ctrl-C) into one
+    line as well.
+    """
+
+    args = None
+
+    def parse_args(self, *words):
+        self.args = super().parse_args(*words)
+        return self.args
+
+    def error(self, message, code=2):
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
         if dist.is_initialized():
-            print(f"{self.prog}: error: {message}", file=sys.stderr)
-            leave(2)  # see distributed()
-        self.exit(2, f"{self.prog}: error: {message}\n")
+            leave(code)  # see distributed()
+        self.exit(code)
 
     def __enter__(self):
         return self
@@ -141,19 +176,57 @@ class CommandLine(argparse.ArgumentParser):
     def __exit__(self, kind, error, trace):
         if isinstance(error, (ValueError, OSError, ImportError)):
             self.error(str(error))
+        if isinstance(error, KeyboardInterrupt):
+            resumable = getattr(self.args, "out", None) and hasattr(self.args, "resume")
+            hint = "; the same command with --resume goes on from there" if resumable else ""
+            self.error(f"stopped by Ctrl-C{hint}", code=130)  # 128 + SIGINT, as a shell has it
 
 
 def command_line(description):
-    return CommandLine(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    return CommandLine(description=description, formatter_class=as_written)
+
+
+def bounded(low, high, words):
+    """A type of flag: a number from low to high."""
+    def number(text):
+        if not low <= (value := float(text)) <= high:  # also false for nan
+            raise argparse.ArgumentTypeError(f"{words} is expected, not {text}")
+        return value
+    return number
+
+
+share = bounded(0, 1, "a share from 0 to 1")
+amount = bounded(0, sys.float_info.max, "a finite number from 0 upwards")
+
+
+def need_positive(parser, args, *names):
+    """Exit with one line if one of these flags is given and is 0, negative, nan or inf."""
+    for name in names:
+        value = getattr(args, name)
+        if value == parser.get_default(name):
+            continue  # not given; a default may be inf: no limit
+        if not 0 < value < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
+
+
+def need_folder(parser, args, *names):
+    """Exit with one line, before any work, if the folder of a file to be written is missing."""
+    for name in names:
+        file = getattr(args, name, None)
+        if file and not Path(file).absolute().parent.is_dir():
+            parser.error(f"--{name} {file}: no such folder")
 
 
 def add_run_flags(parser, limit=None, summary=True):
     """The flags that mean the same in every script. summary: has --overwrite and --json, too."""
     a = parser.add_argument
-    a("--limit", type=int, default=limit, help=f"problems, or rows of each file ({limit}: raise it for a whole set)")
+    a("--limit", type=int, default=limit,
+      help=f"problems, or rows of each file ({limit}: raise it for a whole set)")
     a("--seed", type=int, default=0)
     a("--device", help="default: cuda if there is one, else cpu")
-    a("--dtype", choices=["float32", "bfloat16", "float16"], help="default: bfloat16 on cuda, float32 elsewhere")
+    a("--dtype", choices=["float32", "bfloat16", "float16"],
+      help="default: bfloat16 on cuda, float32 elsewhere")
     a("--out", help="where the result goes")
     a("--resume", action="store_true", help="go on with --out")
     if summary:
@@ -161,39 +234,35 @@ def add_run_flags(parser, limit=None, summary=True):
         a("--json", help="write the summary here, too")
 
 
-def need_folder(parser, args, *names):
-    """Exit with one line where the file that a flag names could not be written after all the work."""
-    for name in names:
-        if (file := getattr(args, name, None)) and not Path(file).absolute().parent.is_dir():
-            parser.error(f"--{name} {file}: no such folder")
-
-
-def need_positive(parser, args, *names):
-    """Exit with one line where one of these flags is given, and not above 0."""
-    for name in names:
-        if getattr(args, name) is not None and getattr(args, name) <= 0:
-            parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-
-
 def check_run_flags(parser, args, *positive):
-    """Exit with one line when a flag named in `positive` is not, or --out is taken."""
+    """Exit with one line if a flag named in `positive` is not positive, or --out is taken."""
     need_positive(parser, args, "limit", *positive)
     need_folder(parser, args, "json")
     if args.out and not (args.resume or getattr(args, "overwrite", False)):
         for file in begun(Path(args.out)):
-            parser.error(f"{file} exists: pass --resume to go on with it, or --overwrite")
+            other = "--overwrite" if hasattr(args, "overwrite") else "another --out"
+            parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
-def same_flags(parser, args, free=("limit", "concurrent", "max_batch_tokens", "device", "json", "out", "resume",
-                                   "overwrite")):
-    """Exit with one line when --resume would go on with rows that other flags made. OUT.flags tells; flags in `free`
-    may change: they do not change a row."""
-    if args.out and os.environ.get("RANK", "0") == "0":
-        out = Path(args.out)
-        file, now = out.with_name(out.name + ".flags"), {k: v for k, v in vars(args).items() if k not in free}
-        with parser:
-            was = json.loads(file.read_text()) if args.resume and begun(out) and file.exists() else now
-            for k in (k for k in now if k in was and was[k] != now[k]):
-                parser.error(f"--resume: {out} was begun with --{k.replace('_', '-')} {was[k]}, not {now[k]}")
-            out.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(now) + "\n")
+FREE = ("limit", "concurrent", "device", "json", "out", "resume", "overwrite")
+
+
+def same_flags(parser, args, free=FREE):
+    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps the flags.
+
+    Flags in `free` may change, since no row depends on them.
+    """
+    if not args.out or os.environ.get("RANK", "0") != "0":
+        return
+    out = Path(args.out)
+    file = Path(f"{out}.flags")
+    flags = {name: value for name, value in vars(args).items() if name not in free}
+    with parser:
+        if args.resume and begun(out) and file.exists():
+            before = json.loads(file.read_text())
+            for name in flags:
+                if name in before and before[name] != flags[name]:  # a new flag may be missing
+                    parser.error(f"{out} was begun with --{name.replace('_', '-')} "
+                                 f"{before[name]}, not {flags[name]}: take another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(file, [flags])  # a kill leaves no half of it

@@ -5,6 +5,8 @@ the settings that its rows depend on stand beside it (.flags), and rows of other
 refused, not mixed.
 """
 import argparse
+import hashlib
+import math
 import re
 from functools import cached_property
 from itertools import chain, islice
@@ -14,26 +16,43 @@ from common import tasks
 from common.data import first_wrong, read_rows, read_set
 from common.loaders import own_row
 from common.policy import load_policy_flags
-from common.run import distributed, gather, journaled, same_flags
+from common.run import TINY, distributed, gather, journaled, same_flags
 
 # ---------------------------------------------------------------- anybody's
 
 def check_samples(row):
     """Raise a ValueError that names what the metrics need and this row has not."""
     for key, kind in (("id", (str, int)), ("question", str), ("samples", list)):
-        if not isinstance(row.get(key), kind) or row[key] == []:
+        if not isinstance(row.get(key), kind):
             raise ValueError(f"no {key}")
-    for s in row["samples"]:
-        steps, p = (s.get(key) if isinstance(s, dict) else None for key in ("steps", "scores"))
-        if not isinstance(steps, list) or not steps or not all(isinstance(x, str) for x in steps):
-            raise ValueError("a sample without steps, which are texts")
-        if p is not None:
-            if not isinstance(p, list) or not all(isinstance(x, int | float | None) for x in p):
-                raise ValueError("scores: a list of numbers is expected, or null")
-            if len(p) != len(steps):
-                raise ValueError(f"{len(p)} scores for {len(steps)} steps")
-        if not isinstance(s.get("correct", False), int):
-            raise ValueError("correct: true or false is expected")
+    if not row["samples"]:
+        raise ValueError("no samples: no solution was finished within its budget of tokens")
+    if not isinstance(row.get("tests") or {}, dict):
+        raise ValueError("tests: an object is expected")
+    for sample in row["samples"]:
+        if not isinstance(sample, dict):
+            raise ValueError("a sample that is no object")
+        check_sample(sample)
+        if "correct" not in sample and row.get("answer") is None and not row.get("tests"):
+            raise ValueError("nothing to judge by: neither correct, nor an answer, nor tests")
+
+
+def check_sample(sample):
+    """The same for one sample of a row."""
+    steps, p = sample.get("steps"), sample.get("scores")
+    if not isinstance(steps, list) or not steps or not all(isinstance(x, str) for x in steps):
+        raise ValueError("a sample without steps, which are texts")
+    if p is not None:
+        if not isinstance(p, list) or not all(isinstance(x, int | float | None) for x in p):
+            raise ValueError("scores: a list of numbers is expected, or null")
+        if not all(x is None or math.isfinite(x) for x in p):
+            raise ValueError("scores: a number is not finite")  # it would have no rank
+        if len(p) != len(steps):
+            raise ValueError(f"{len(p)} scores for {len(steps)} steps")
+    if sample.get("correct", False) not in (True, False):
+        raise ValueError("correct: true or false is expected")
+    if not isinstance(sample.get("answer"), str | int | float | None):
+        raise ValueError("answer: a text is expected, or null")
 
 
 def read_samples(file):
@@ -80,8 +99,13 @@ def read_first_errors(args):
 # ---------------------------------------------------------------- ours, made once
 
 def name_of(path):
-    """A short name of a model or file: the last two parts of its path. runs/a/prm -> a-prm"""
-    return re.sub(r"[^\w.+-]+", "-", "-".join(Path(path).parts[-2:]))
+    """A short name of a model or file: the last two parts of its path, and of a folder a hash that
+    tells x/a/prm from y/a/prm. tiny/A -> tiny-A; runs/a/prm -> a-prm-5d17"""
+    name = re.sub(r"[^\w.+-]+", "-", "-".join(Path(path).parts[-2:]))
+    if not Path(path).exists() or Path(path).resolve().parent == TINY:
+        return name  # a hub id or an address, and what comes with the repository
+    digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=2)
+    return f"{name}-{digest.hexdigest()}"
 
 
 def written(path):
@@ -177,9 +201,9 @@ class Bench:
                 "mcts": args.simulations}[strategy]
         problems, prms = self.problems, [prm] if prm else []
         settings |= {"policy": written(policy), "prm": [written(p) for p in prms],
-                     # the sample that is picked depends on them, the samples do not
-                     "aggregate": args.aggregate if prm else None,
-                     "choose": args.choose if prm else None}
+                     # the pool's samples do not depend on these, and its pick is not read
+                     "aggregate": args.aggregate if strategy != "best_of_n" else None,
+                     "choose": args.choose if strategy != "best_of_n" else None}
 
         def key(p):  # with the budget: another one makes another row
             return f"{p.id} {budgets[p.id]}" if budgets else p.id

@@ -1,25 +1,26 @@
-"""Problems, their loaders, and whether a solution is right, for math and for code (§3.1 of the paper: tasks and data).
+"""Problems, their loaders, and whether a solution is right, for math and code (§3.1 of the paper).
 
     python -m common.tasks --task tiny-code --limit 20
-    python -m common.tasks --task humaneval+ --data HumanEvalPlus.jsonl.gz   # names reference solutions that fail
+    python -m common.tasks --task humaneval+ --data HumanEvalPlus.jsonl.gz   # names bad references
 
     problems = load("math500", limit=10)
     verdicts = judge_many([(p, "... so the answer is \\\\boxed{7}.") for p in problems])
 
-A *whole solution text* is judged. Math: the final answer is taken out of it and compared with the gold one. Code: the
-program is taken out and run against the tests in the sandbox of judge.py, whose docstring says what that leaves open.
+A *whole solution text* is judged. Math: its final answer is compared with the gold one. Code: its
+program is run against the tests, in the sandbox of judge.py, whose docstring says what that leaves
+open.
 """
-import itertools
 import pickle
 import time
 import zlib
 from dataclasses import dataclass
+from itertools import chain, repeat, zip_longest
 
 from common import judge
 from common.answers import equivalent_many, extract_answer, normalise
 from common.data import hub_rows, read_rows
 from common.judge import extract_code
-from common.loaders import TASKS, Problem, own_row  # noqa: F401 (Problem: for those who import tasks)
+from common.loaders import TASKS, Problem, own_row  # noqa: F401 (others import Problem from here)
 from common.run import command_line
 
 
@@ -30,131 +31,168 @@ class Verdict:
     why: str  # "ok", "wrong answer", "no answer", "timeout", "memory", "exception: TypeError", ...
 
 
-# ---------------------------------------------------------------------------- verdicts and votes
-
+# ------------------------------------------------------------ verdicts and votes
 
 def judge_many(items, workers=None, progress=False):
-    """[(problem, solution text)] -> [Verdict]. Texts that hold the same program or answer are judged once."""
+    """[(problem, solution text)] -> [Verdict]. Equal programs and equal answers are judged once."""
     items = list(items)
-    found = [extract_answer(t) if p.domain == "math" else extract_code(t, p) for p, t in items]
-    equal = iter(equivalent_many([(p.answer, f) for (p, _), f in zip(items, found) if p.domain == "math"]))
-    jobs = [(p.tests, f) for (p, _), f in zip(items, found) if p.domain == "code"]
-    whys, verdicts = iter(judge.judge_many(jobs, workers, progress)), []
-    for (problem, _), answer in zip(items, found):
-        why = (next(whys) if problem.domain == "code" else "ok" if next(equal) else "no answer" if answer is None else
-               "no gold answer" if problem.answer is None else "wrong answer")
-        verdicts.append(Verdict(why == "ok", answer if problem.domain == "math" else None, why))
+    pairs = [(p.answer, extract_answer(text)) for p, text in items if p.domain == "math"]
+    programs = [(p.tests, extract_code(text, p)) for p, text in items if p.domain == "code"]
+    equal = iter(zip(pairs, equivalent_many(pairs)))
+    reasons = iter(judge.judge_many(programs, workers, progress))
+    verdicts = []
+    for problem, _ in items:
+        answer = None
+        if problem.domain == "code":
+            why = next(reasons)
+        else:
+            (gold, answer), right = next(equal)
+            missing = "no answer" if answer is None else "no gold answer"
+            wrong = missing if None in (gold, answer) else "wrong answer"
+            why = "ok" if right else wrong
+        verdicts.append(Verdict(why == "ok", answer, why))
     return verdicts
 
 
 def vote_keys(items):
-    """[(problem, solution text)] -> for each a string that solutions with the same answer share, None if no answer.
+    """[(problem, solution text)] -> a key for each: solutions with the same answer share it.
 
-    Math: equivalent answers of one problem share the first one's normal form. Code has no answer string to count, so
-    the key is a hash of what the program does on the problem's example inputs.
+    Math: the normal form of the first equivalent answer to this problem; no answer is None. Code
+    has no answer to count: a hash of what the program does on the problem's example inputs.
     """
-    code = [(p.tests or {}, p.question, extract_code(t, p)) for p, t in items if p.domain == "code"]
-    hashes, forms = iter(judge.parallel(judge.behaviour, code)), {}
-    keys = [next(hashes) if p.domain == "code" else extract_answer(t) for p, t in items]
-    for (problem, _), key in zip(items, keys):
-        if problem.domain == "math" and key is not None:
-            forms.setdefault((problem.id, problem.question), {})[normalise(key)] = None
-    # round by round: the n-th answer of each problem is compared with one representative of each group before it
-    groups = {name: [] for name in forms}
-    for answers in itertools.zip_longest(*map(list, forms.values())):
-        new = {name: answer for name, answer in zip(forms, answers) if answer is not None}
-        pairs = [(key, answer) for name, answer in new.items() for key in groups[name]]
-        equal = dict(zip(pairs, equivalent_many(pairs)))
-        for name, answer in new.items():
-            forms[name][answer] = next((key for key in groups[name] if equal[key, answer]), answer)
-            if forms[name][answer] == answer:
-                groups[name].append(answer)
-    return [forms[p.id, p.question][normalise(key)] if p.domain == "math" and key is not None else key
-            for (p, _), key in zip(items, keys)]
+    programs = [(p.tests or {}, p.question, extract_code(text, p)) for p, text in items
+                if p.domain == "code"]
+    behaviours = iter(judge.parallel(judge.behaviour, programs))
+    keys = [next(behaviours) if p.domain == "code" else extract_answer(text) for p, text in items]
+    forms = {}  # (problem id, question) -> {normal form: key}, in the order of first appearance
+    for i, (problem, _) in enumerate(items):
+        if problem.domain == "math" and keys[i] is not None:
+            keys[i] = normalise(keys[i])
+            forms.setdefault((problem.id, problem.question), {})[keys[i]] = None
+    # round by round, the n-th answer to each problem meets the keys before it: not all pairs
+    for answers in zip_longest(*map(list, forms.values())):
+        rounds = [pair for pair in zip(forms.values(), answers) if pair[1] is not None]
+        earlier = [list(dict.fromkeys(group.values())) for group, _ in rounds]
+        pairs = [zip(keys, repeat(answer)) for keys, (_, answer) in zip(earlier, rounds)]
+        equal = iter(equivalent_many(list(chain.from_iterable(pairs))))
+        for (group, answer), candidates in zip(rounds, earlier):
+            verdicts = dict(zip(candidates, equal))
+            group[answer] = next((key for key, same in verdicts.items() if same), answer)
+    # a program's hash is its own key
+    return [forms.get((p.id, p.question), {}).get(key, key) for (p, _), key in zip(items, keys)]
 
+
+# ------------------------------------------------------------ loading
 
 def load(task, data=None, split=None, limit=None, seed=0):
-    """A task's problems, in file order. data: a local .json, .jsonl or .gz file in place of the hub.
+    """A task's problems, in file order. data: a local .json, .jsonl or .gz file instead of the hub.
 
-    split, or in task "TASK:SPLIT": the hub's split; for livecodebench a window of contest
-    dates "2024-08-01:2025-02-01" (end excluded).
-    seed: only for the tiny world, which makes its problems. Raises ValueError "FILE:LINE: what is wrong".
+    split, or in task "TASK:SPLIT": the hub's split; for livecodebench a window of contest dates
+    "2024-08-01:2025-02-01" (end excluded). seed: of the tiny world's problems.
+    ValueError "FILE:LINE: what is wrong".
     """
     if ":" in task:
         task, _, split = task.partition(":")
     if task not in TASKS:
         raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
-    make, hub, default, files = TASKS[task]
-    first, _, last = split.partition(":") if task == "livecodebench" and ":" in (split or "") else ("", "", "")
-    split = default if first or last else split or default
-    if data:
-        rows = ((f"{data}:{n}", row) for n, row in read_rows(data))
-    elif hub:
-        rows = _hub_rows(task, hub, split, files)
-    else:
-        from tiny import world
-
-        if split not in world.STEPS:
-            raise ValueError(f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
-        made = world.problems(task.removeprefix("tiny-"), split=split, n=100 if limit is None else limit, seed=seed)
-        rows = ((f"{task}:{n}", row) for n, row in enumerate(made, 1))
-    problems, seen = [], set()
-    for where, row in rows:
+    first, last = "", ""  # contest dates
+    if task == "livecodebench" and ":" in (split or ""):
+        first, _, last = split.partition(":")
+        split = None if first or last else split
+    name = task if split in (None, TASKS[task][2]) else f"{task}:{split}"
+    problems, questions = [], set()
+    for where, row in task_rows(task, data, split, limit, seed):
         if limit is not None and len(problems) >= limit:
             break
-        try:
-            own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
-            problem = (own_row if own else make)(row, len(problems))
-            if not problem.question.strip():
-                raise ValueError("empty question")
-            if not own and problem.id == str(len(problems)):  # no id: its number alone would be in other tasks, too
-                problem.id = f"{task}-{problem.id}"
-        except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError, zlib.error,
-                EOFError, pickle.UnpicklingError) as e:
-            what = f"no field {e}" if isinstance(e, KeyError) else str(e) or "not a row of this task"
-            raise ValueError(f"{where}: {what}") from None
-        outside = (first or last) and not first <= problem.meta["date"][:10] < (last or "9")
-        if not outside and not (task == "prm800k" and problem.question in seen):  # which has many rows to a problem
-            problems.append(problem)
-            seen.add(problem.question)
+        problem = to_problem(task, name, where, row, len(problems))
+        if (first or last) and not first <= problem.meta["date"][:10] < (last or "9"):
+            continue
+        if task == "prm800k" and problem.question in questions:
+            continue  # its rows are solutions, many to a problem
+        problems.append(problem)
+        questions.add(problem.question)
+    if not problems:
+        raise ValueError(f"{data or name}: no problems")
     return problems
 
 
-def _hub_rows(task, hub, split, files):
-    name = f"{task} ({hub}, split {split})"
-    if not files:
-        return hub_rows(name, *hub.split(":"), split=split)
-    path = f"hf://datasets/{hub}/{files.format(split=split)}"
-    return hub_rows(name, "parquet" if path.endswith("parquet") else "json", data_files=path, split="train")
+def task_rows(task, data, split, limit, seed):
+    """Yield ("FILE:LINE", row) of a local file, of the hub, or of the tiny world."""
+    _, hub, default, files = TASKS[task]
+    split = split or default
+    if data:
+        return ((f"{data}:{n}", row) for n, row in read_rows(data))
+    if hub:
+        name = f"{task} ({hub}, split {split})"
+        if not files:
+            return hub_rows(name, *hub.split(":"), split=split)
+        path = f"hf://datasets/{hub}/{files.format(split=split)}"
+        kind = "parquet" if path.endswith("parquet") else "json"
+        return hub_rows(name, kind, data_files=path, split="train")
+    from tiny import world  # a floor above this one
+
+    if split not in world.STEPS:
+        raise ValueError(f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
+    n = 100 if limit is None else limit
+    rows = world.problems(task.removeprefix("tiny-"), split=split, n=n, seed=seed)
+    return ((f"{task}:{n}", row) for n, row in enumerate(rows, 1))
+
+
+def to_problem(task, name, where, row, number):
+    """The Problem of a row, by the task's row function or from this project's own form.
+    name: of the task and its split, for rows that have no id."""
+    try:
+        own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
+        make = own_row if own else TASKS[task][0]
+        problem = make(row, number)
+        if not problem.question.strip():
+            raise ValueError("empty question")
+        if not own and problem.id == str(number):
+            problem.id = f"{name}-{number}"  # a row without id: other tasks have numbers, too
+        return problem
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError,
+            zlib.error, EOFError, RecursionError, pickle.UnpicklingError) as error:
+        reason = str(error) or "not a row of this task"
+        if isinstance(error, KeyError):
+            reason = f"no field {error}"
+        raise ValueError(f"{where}: {reason}") from None
 
 
 def reference_rate(problems, progress=False):
-    """Judge the reference solutions. -> (passed, how many there are, {failing id: why}).
+    """Judge the reference solutions -> (passed, number of references, {failing id: why}).
 
-    Look at this before scoring a benchmark: what its own solutions fail says something about this machine (a missing
-    library, a slow disk) or about the data (problems with several right answers), not about a model.
+    Look at this before scoring a benchmark. A reference that fails says something about this
+    machine (a missing library, a slow disk) or about the data (several right answers), not about a
+    model.
     """
-    have = [p for p in problems if (p.tests or {}).get("reference") or p.answer is not None]
-    shown = [f"\\boxed{{{p.answer}}}" if p.domain == "math" else f"```\n{p.tests['reference']}\n```" for p in have]
-    verdicts = judge_many(list(zip(have, shown)), progress=progress)
-    return sum(v.ok for v in verdicts), len(have), {p.id: v.why for p, v in zip(have, verdicts) if not v.ok}
+    solutions = []
+    for p in problems:
+        if p.domain == "math" and p.answer is not None:
+            solutions.append((p, f"\\boxed{{{p.answer}}}"))
+        elif (p.tests or {}).get("reference"):
+            solutions.append((p, f"```\n{p.tests['reference']}\n```"))
+    verdicts = judge_many(solutions, progress=progress)
+    failing = {p.id: v.why for (p, _), v in zip(solutions, verdicts) if not v.ok}
+    return sum(v.ok for v in verdicts), len(solutions), failing
 
 
 def main(argv=None):
     parser = command_line(__doc__)
     parser.add_argument("--task", default="tiny-math", choices=TASKS)
     parser.add_argument("--data", help="local file (.jsonl, .json, .gz) in place of the hub")
-    parser.add_argument("--split", help="split on the hub; for livecodebench a window of dates FROM:TO")
+    parser.add_argument("--split", help="split on the hub; livecodebench: window of dates FROM:TO")
     parser.add_argument("--limit", type=int, help="the first so many problems only")
     parser.add_argument("--seed", type=int, default=0, help="of the tiny world's problems")
     args = parser.parse_args(argv)
     with parser:
         problems = load(args.task, args.data, args.split, args.limit, args.seed)
     for p in problems[:2]:
-        print(f"[{p.id}] {p.question.strip()}\n  -> {p.answer if p.domain == 'math' else str(p.tests)[:300]}\n")
+        goal = p.answer if p.domain == "math" else str(p.tests)[:300]
+        print(f"[{p.id}] {p.question.strip()}\n  -> {goal}\n")
     start = time.monotonic()
     right, total, failing = reference_rate(problems, progress=True)
-    print(f"{len(problems)} problems; reference solutions right: {right} of {total}, {time.monotonic() - start:.1f} s")
+    print(f"{len(problems)} problems; reference solutions right: {right} of {total}, "
+          f"{time.monotonic() - start:.1f} s")
     for name, why in failing.items():
         print(f"  {name}: {why}")
 

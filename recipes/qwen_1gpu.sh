@@ -7,7 +7,7 @@
 #   POLICY=http://localhost:8000/v1 SERVED=Qwen/Qwen2.5-7B-Instruct bash recipes/qwen_1gpu.sh    # sampled by vLLM
 #
 # Restartable. Every setting below can be set from outside; TRAIN, TEST, CODE and ERRORS are local files in place of
-# the hub's. Estimates, not measurements, of memory and hours on one H100 stand beside each stage: README, "One GPU".
+# the hub's. Estimates, not measurements, of memory and hours on one H100 stand beside each stage: docs/scale.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/qwen} PROCESSES=${PROCESSES:-1} DTYPE=${DTYPE:-bfloat16}
@@ -21,13 +21,15 @@ TRAINING=${TRAINING---checkpointing} CODETOKENS=${CODETOKENS:-512} SIMILAR=${SIM
 STRATEGIES=${STRATEGIES:-best_of_n majority beam}
 stages=6
 . recipes/stages.sh
-sampling=(--temperature 0.8 --max-step-tokens "$TOKENS" --max-steps "$STEPS" --dtype "$DTYPE")
+sampling=(--temperature 0.8 --dtype "$DTYPE")
+limits=(--max-step-tokens "$TOKENS" --max-steps "$STEPS")
 [ -z "$SERVED" ] || sampling+=(--policy-model "$SERVED")
 
-# §2.1. 2,000 problems x 4 solutions, K rollouts for each prefix of the binary search
+# §2.1. 2,000 problems x 4 solutions, K rollouts for each prefix of the binary search. With --labels soft: the values
+# c/k of all prefixes, for about three times as many rollouts
 run annotate ranks annotate.py --policies $VOTERS --task "$TASK" ${TRAIN:+--task-data "$TRAIN"} --split train \
-  --limit "$PROBLEMS" --samples 4 --k "$K" --concurrent "$CONCURRENT" "${sampling[@]}" --out "$RUN/rows.jsonl" --resume \
-  --json "$RUN/annotate.json"
+  --limit "$PROBLEMS" --samples 4 --k "$K" --concurrent "$CONCURRENT" "${sampling[@]}" \
+  --max-solution-tokens $((TOKENS * STEPS)) --out "$RUN/rows.jsonl" --resume --json "$RUN/annotate.json"
 # §2.2. fp32 weights and moments, 16 bytes a parameter; without --checkpointing faster and larger
 run train ranks train.py --data "$RUN/rows.jsonl" --model "$BASE" --out "$RUN/prm" --epochs "$EPOCHS" --lr "$LR" \
   --lr-head "$LRHEAD" --val-fraction "$VALIDATION" --batch-tokens "$BATCH" --eval-every 20 --dtype "$DTYPE" \
@@ -39,7 +41,7 @@ run first-error ranks evaluate.py --first-error "$ERRORSET" ${ERRORS:+--data "$E
 compare() {  # compare NAME TASK FILE POLICY [flags]
   run "$1" ranks evaluate.py --task "$2" ${3:+--data "$3"} --policy "$4" --prm "$RUN/prm" --strategies $STRATEGIES \
     --N "$N" --limit "$LIMIT" --concurrent "$CONCURRENT" \
-    "${sampling[@]}" "${@:5}" --out "$RUN/$1" --json "$RUN/$1.json"
+    "${sampling[@]}" "${limits[@]}" "${@:5}" --out "$RUN/$1" --json "$RUN/$1.json"
 }
 compare math "$TASK" "$TEST" "$POLICY"
 compare code "$CODETASK" "$CODE" "$CODER" --max-step-tokens "$CODETOKENS"  # a program is one step

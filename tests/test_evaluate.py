@@ -213,7 +213,7 @@ def test_rows_are_kept_for_their_settings_only(extra, outcome, tmp_path, monkeyp
     assert len(calls) == (2 if outcome == "made" else 1)
 
 
-@pytest.mark.parametrize("path, name", [("runs/a/prm", "a-prm"), ("prm", "prm"),
+@pytest.mark.parametrize("path, name", [("runs/a/prm", "a-prm"), (str(TINY / "prm"), "tiny-prm"),
                                         ("http://localhost:8000/v1", "localhost-8000-v1")])
 def test_files_are_named_by_two_parts_of_a_path(path, name):
     assert name_of(path) == name

@@ -130,3 +130,9 @@ def test_names_at_line_ends_do_not_meet(ends):
     gaps = [b - a for a, b in zip(heights, heights[1:])]
     assert min(gaps) >= 0.1 - 1e-9
     assert heights[-1] <= 1.0
+
+
+@pytest.mark.parametrize("text, has_one", [
+    ("Wait, no", True), ("LET ME CHECK", True), ("await", False)])
+def test_phrases_of_self_correction(text, has_one):
+    assert bool(figures.PHRASES.search(text)) == has_one

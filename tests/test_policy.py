@@ -3,14 +3,14 @@ import contextlib
 import copy
 import json
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from conftest import random_qwen
+from conftest import DEVICE, random_qwen
 
 from common import policy as policy_module
-from common import server as server_module
 from common.node import Node, child_key
 from common.policy import Policy, load_policy, sample, uniform
 from common.server import ServerPolicy
@@ -33,7 +33,7 @@ def log_probability(model, node):
     line = [node.root(), *node.path()]
     ids = [i for n in line for i in n.ids]
     with torch.inference_mode():
-        logp = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        logp = model(torch.tensor([ids], device=DEVICE)).logits[0].log_softmax(-1)
     n = len(node.ids)
     return sum(logp[t - 1, ids[t]].item() for t in range(len(ids) - n, len(ids)))
 
@@ -90,20 +90,20 @@ def test_a_node_that_is_named_twice_gets_samples_for_each(tokenizer):
 def test_greedy_equals_generate(tokenizer):
     policy = make(tokenizer, temperature=0, max_step_tokens=10, max_steps=1)
     root = roots(policy)[1]
-    out = policy.lm.generate(torch.tensor([root.ids]), max_new_tokens=10, do_sample=False)[0, len(root.ids):].tolist()
+    out = policy.lm.generate(torch.tensor([root.ids], device=DEVICE), max_new_tokens=10, do_sample=False)
     [[end]] = policy.complete([root], 1)
-    assert [i for n in end.path() for i in n.ids] == out
+    assert [i for n in end.path() for i in n.ids] == out[0, len(root.ids):].tolist()
 
 
 def test_sampling_follows_the_distribution_and_top_p():
-    keys = torch.tensor([child_key(0, i) for i in range(20000)])
+    keys = torch.tensor([child_key(0, i) for i in range(20000)], device=DEVICE)
     u = uniform(keys, 3)
     assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
-    logits = torch.tensor([0.5, 0.3, 0.2]).log().expand(len(keys), 3)
+    logits = torch.tensor([0.5, 0.3, 0.2], device=DEVICE).log().expand(len(keys), 3)
     tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=1.0)
-    assert torch.allclose(torch.bincount(tokens) / len(keys), torch.tensor([0.5, 0.3, 0.2]), atol=0.015)
+    assert torch.allclose(torch.bincount(tokens).cpu() / len(keys), torch.tensor([0.5, 0.3, 0.2]), atol=0.015)
     tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=0.6)  # 0.5 alone does not reach 0.6: two tokens stay
-    shares = torch.bincount(tokens, minlength=3) / len(keys)
+    shares = torch.bincount(tokens, minlength=3).cpu() / len(keys)
     assert torch.allclose(shares, torch.tensor([0.625, 0.375, 0.0]), atol=0.015)
 
 
@@ -186,7 +186,7 @@ class Stuck(Handler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(server_module.time, "sleep", lambda s: None)
+    monkeypatch.setattr(time, "sleep", lambda s: None)
     Handler.busy, Handler.seen = 1, []
     with serving(Handler) as url:
         yield url
@@ -239,9 +239,9 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
 
 
 def test_a_server_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(server_module.time, "sleep", lambda s: None)
-    policy = ServerPolicy("http://127.0.0.1:9", "m", retries=2)
-    with pytest.raises(ValueError, match="did not answer after 2 tries"):
+    monkeypatch.setattr(time, "sleep", lambda s: None)
+    policy = ServerPolicy("http://127.0.0.1:9", "m", retries=1)
+    with pytest.raises(ValueError, match="did not answer, in 2 tries"):
         policy.propose([policy.root("p", "Q?")], 1)
 
 

@@ -1,4 +1,4 @@
-"""The recipes for real models, line by line with the flags they print, on the tiny world's models."""
+"""The recipes, line by line with the flags they print, on the tiny world's models."""
 import json
 import os
 import subprocess

@@ -10,7 +10,7 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import DEVICE, ROOT, TINY, two_devices
 
 import search
 from common.driver import Search, run_together
@@ -18,6 +18,7 @@ from common.node import Node
 from common.policy import load_policy
 from prm_model import load_prm
 from search import (
+    TEXTBOOK,
     arg_max,
     choose,
     merge,
@@ -105,10 +106,20 @@ def test_an_unvisited_child_goes_first_and_ties_keep_sampling_order():
     assert uct_select("s", ["a", "b", "c"], Counter(s=3, a=3), {"a": 1.0, "b": 0.0, "c": 0.0}, 1.0) == "b"
 
 
-def test_greedy_and_beam_lose_a_deceptive_tree_that_mcts_wins():
+@pytest.mark.parametrize("beam, mcts", [(TEXTBOOK["beam"], TEXTBOOK["mcts"]), (beam, mcts)], ids=["textbook", "ours"])
+def test_greedy_and_beam_lose_a_deceptive_tree_that_mcts_wins(beam, mcts):
     assert run(beam, DECEPTIVE, k=1, m=3)[1] == "ax"
     assert run(beam, DECEPTIVE, k=2, m=3)[1] in ("ax", "ay", "cx", "cy")
     assert run(mcts, DECEPTIVE, m=3, simulations=12, c=0.5)[1] == "bx"
+
+
+def test_the_textbook_beam_takes_M_steps_of_each_live_path():
+    """By hand, K = M = 2: a 0.9, b 0.8 (end); from a: ax 1.2 (end), ay 1.1; ax and ay are kept; ayz 2.0 twice."""
+    tree = {"": [("a", 0.9, False), ("b", 0.8, True)], "a": [("x", 0.3, True), ("y", 0.2, False)],
+            "ay": [("z", 0.9, True)]}
+    s, _ = run(TEXTBOOK["beam"], tree, k=2, m=2)
+    assert s.generated == 2 + 2 + 2
+    assert texts(s) == ["b", "ax", "ayz", "ayz"]
 
 
 def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
@@ -122,12 +133,14 @@ def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
     assert [n.text for n in merge([Node("a"), Node("b"), Node("a")])] == ["a", "b"]
 
 
-def test_root_visits_equal_simulations_and_q_is_the_mean():
+@pytest.mark.parametrize("mcts", [TEXTBOOK["mcts"], mcts], ids=["textbook", "ours"])
+def test_root_visits_equal_simulations_and_q_is_the_mean(mcts):
     wide = {"": [(c, 0.5, False) for c in "abc"], **{c: [("x", 0.5, False)] for c in "abc"},
             **{c + "x": [("y", p, True)] for c, p in zip("abc", (0.1, 0.5, 0.9))}}
     s, best = run(mcts, wide, m=3, simulations=7, c=1.0)
     N, children = s.result
-    assert N[s.root] == 7 == sum(N[a] for a in children[s.root]) and best == "cxy"
+    assert N[s.root] == 7 == sum(N[a] for a in children[s.root])
+    assert best == "cxy"
 
 
 def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
@@ -137,16 +150,6 @@ def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
     N, children = s.result
     a, b = children[s.root]
     assert N[b] > N[a]
-
-
-def test_rows_of_ids_and_texts_that_are_unusual_come_back(tmp_path):
-    """U+2028 is a line end to str.splitlines() but not to JSONL; equal ids cannot be told apart."""
-    rows = [{"id": "1", "text": "a\u2028b"}, {"id": "2", "text": "c"}]
-    for resume in (False, True):
-        found = search.journaled(tmp_path / "x", rows, lambda some: some, resume=resume)
-        assert found == rows
-    with pytest.raises(ValueError, match="1 ids occur more than once, '1'"):
-        search.journaled(None, [rows[0], rows[0]], lambda some: some)
 
 
 def test_mcts_widens_where_it_visits():
@@ -172,18 +175,20 @@ def test_budgets_are_respected_within_one_call(strategy, options):
                 grow(text + c, depth + 1)
     grow("", 0)
     s, _ = run(strategy, tree, tokens=50, **options)
-    assert s.generated <= 50 + 10 and s.request is None  # a whole solution is 10 tokens: one call's worth
+    assert s.generated <= 50 + 10
+    assert s.request is None  # a whole solution is 10 tokens: one call's worth
     assert s.generated >= 50 or strategy is beam         # a beam of two is done with ten levels before
 
 
 @pytest.mark.parametrize("strategy, options", [(beam, {"k": 2, "m": 2}), (mcts, {"m": 2, "simulations": 9, "c": 1.0})])
 def test_a_search_that_is_over_gives_its_memory_back(strategy, options):
-    policy, prm = load_policy(TINY / "A"), load_prm(TINY / "prm")
+    policy, prm = load_policy(TINY / "A", DEVICE, "float32"), load_prm(TINY / "prm", DEVICE, "float32")
     for tokens in (40, math.inf):
         s = Search(policy.root("p", "Ann has 7 shells. In January she finds 5. How many now?"), strategy,
                    {**options, "path_score": total, "reward": total}, tokens)
         run_together([s], policy, [prm])
-        assert s.sampled and not any(n.kv or n.hidden for leaf in s.sampled for n in leaf.line())
+        assert s.sampled
+        assert not any(n.kv or n.hidden for leaf in s.sampled for n in leaf.line())
         gone = weakref.ref(s)
         del s
         assert gone() is None  # at once: no cycle that waits for the garbage collector
@@ -217,7 +222,8 @@ def test_a_beam_of_equal_steps_keeps_its_breadth():
     """All first steps are the same: one path is left, and the samples of two go to it; the last of four is good."""
     tree = {"": [("a", 0.9, False)], "a": [("x", 0.1, True), ("x", 0.1, True), ("x", 0.1, True), ("y", 0.9, True)]}
     s, best = run(beam, tree, k=2, m=2)
-    assert best == "ay" and s.generated == 4 + 4
+    assert best == "ay"
+    assert s.generated == 4 + 4
 
 
 def test_arg_max_takes_the_first_of_equals():
@@ -257,7 +263,8 @@ def test_problems_searched_together_are_searched_as_alone():
 
 # ---------------------------------------------------------------- the script, on the shipped models
 
-SMALL = ["--strategy", "beam", "--task", "tiny-math", "--limit", "4", "--max-step-tokens", "40", "--max-steps", "16"]
+SMALL = ["--strategy", "beam", "--task", "tiny-math", "--limit", "4", "--max-step-tokens", "40", "--max-steps", "16",
+         "--device", DEVICE, "--dtype", "float32"]
 
 
 def results(file):
@@ -278,6 +285,7 @@ def one_process(tmp_path_factory):
     return results(out)
 
 
+@two_devices
 def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
     out = tmp_path / "rows.jsonl"
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "search.py",
@@ -296,17 +304,20 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
         time.sleep(0.02)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    assert part.exists() and not out.exists()
+    assert part.exists()
+    assert not out.exists()
     with open(part, "a", encoding="utf-8") as file:
         file.write('{"id": "half a li\u043a')  # what a kill in the middle of a write leaves
     part.write_bytes(part.read_bytes()[:-1])  # and in the middle of a character
     (tmp_path / "rows.jsonl.partial").write_text("")
     with pytest.raises(SystemExit):
         search.main(flags)
-    assert "pass --resume" in capsys.readouterr().err and part.exists()
+    assert "pass --resume" in capsys.readouterr().err
+    assert part.exists()
     with pytest.raises(SystemExit):
         search.main([*flags, "--resume", "--seed", "5"])
-    assert "was begun with --seed 0, not 5" in capsys.readouterr().err and part.exists()
+    assert "was begun with --seed 0, not 5" in capsys.readouterr().err
+    assert part.exists()
     search.main([*flags, "--resume"])
     assert results(out) == one_process
 
@@ -315,7 +326,7 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     (["--n", "0"], "--n must be positive"), (["--tokens", "-5"], "--tokens must be positive"),
     (["--question", " "], "--question is empty"), (["--prm", "/nowhere"], "/nowhere: no such folder"),
     (["--policy", "/nowhere"], "pass the path of a local"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
-    (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
+    (["--choose", "visited"], "for --strategy mcts"), (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
 def test_bad_input_is_one_clear_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         search.main(["--strategy", "beam", "--task", "gsm8k" if "--data" in flags else "tiny-math", *flags])
@@ -335,15 +346,17 @@ def test_an_output_that_exists_is_not_overwritten(tmp_path, capsys):
     out.write_text("precious\n")
     with pytest.raises(SystemExit):
         search.main(["--strategy", "beam", "--out", str(out)])
-    assert "exists" in capsys.readouterr().err and out.read_text() == "precious\n"
+    assert "exists" in capsys.readouterr().err
+    assert out.read_text() == "precious\n"
 
 
 def test_the_shipped_policy_writes_the_recorded_text():
     """A checkpoint that loads wrongly, or a forward that is subtly off, does not write this."""
     from common.policy import load_policy
-    policy = load_policy(TINY / "A", temperature=0, max_step_tokens=40, max_steps=16)
+    policy = load_policy(TINY / "A", DEVICE, "float32", temperature=0, max_step_tokens=40, max_steps=16)
     question = ("Ann has 6 shells. In January she finds 5. In February she doubles them. In March she loses 4. "
                 "In April she sells half. In May she buys 4. How many now?")
     [[end]] = policy.complete([policy.root("p", question)], 1)
     assert end.steps() == ["January: 6+5=11", "February: 11*2=22", "March: 22-4=18", "April: 18/2=9", "May: 9+4=13",
-                           "Answer: 13"] and end.end == "eos"
+                           "Answer: 13"]
+    assert end.end == "eos"

@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT, random_qwen
 
 import similarity
-from common.metrics import phrase_pattern, random_signs, sketch
+from common.metrics import random_signs, sketch
 from common.policy import load_policy
 from common.responses import SETS, Response, encode, sets_of
 from similarity import accumulate, activation
@@ -145,12 +145,6 @@ def test_the_mean_over_random_subsets_is_S_of_all():
     draws = similarity.random_subsets(responses, 4000, 0)
     assert draws.sum(1).unique().tolist() == [4]  # as many as are selected
     assert torch.allclose(draws.mean(0), torch.full((8,), 0.5).double(), atol=0.03)
-
-
-@pytest.mark.parametrize("text, has_one", [
-    ("Wait, no", True), ("LET ME CHECK", True), ("await", False)])
-def test_phrase_pattern(text, has_one):
-    assert bool(phrase_pattern().search(text)) == has_one
 
 
 # ---------------------------------------------------------------- files, errors, ranks

@@ -1,30 +1,29 @@
 """train.py on a model of two thin layers: what is exact is compared exactly, on one rank and on two gloo ranks."""
-import gzip
 import json
 import math
 import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 import torch.multiprocessing as mp
+from conftest import DEVICE, two_devices
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 import train
-from common.data import from_math_shepherd, from_prm800k, held_out, load_data, read_set, split
+from common.data import held_out, read_set
 from common.examples import encode_rows, plan
 from common.metrics import metrics
 from prm_model import load_prm
 from tiny import world
 from tiny.make import make_tokenizer
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
 torch.set_num_threads(1)
 
 
@@ -49,8 +48,8 @@ def home(tmp_path_factory):
 
 def flags(home, out, *more):
     return ["--data", f"{home}/rows.jsonl", "--model", f"{home}/model", "--out", str(out), "--val-fraction", "0.2",
-            "--batch-size", "4", "--eval-every", "3", "--max-steps", "8", "--epochs", "4", "--device", "cpu",
-            "--accumulate", "1", *map(str, more)]
+            "--batch-size", "4", "--eval-every", "3", "--max-steps", "8", "--epochs", "4",
+            "--device", DEVICE, "--dtype", "float32", "--accumulate", "1", *map(str, more)]
 
 
 def read_log(out, kind="train"):
@@ -67,6 +66,11 @@ def close(a, b, tolerance=1e-5):
     return len(steps_a) == len(steps_b) and all(
         x[0] == y[0] and abs(x[1] - y[1]) < tolerance and abs(x[2] - y[2]) < 100 * tolerance * (1 + x[2])
         for x, y in zip(steps_a, steps_b)) and evals_a == pytest.approx(evals_b, abs=tolerance)
+
+
+def same(a, b):
+    """The very losses; on a GPU, whose kernels may add in any order, the same up to that."""
+    return losses(a) == losses(b) if DEVICE == "cpu" else close(a, b)
 
 
 # ---------------------------------------------------------------- loss and figures, by hand
@@ -157,111 +161,12 @@ def test_plan_deals_each_row_once_whatever_the_ranks():
     assert micros != [m for step in plan(lengths, 1, 16, 3000, seed=1, epoch=3) for m in step]
 
 
-def test_split_by_problem_and_shares(home, tmp_path):
-    found = load_data([f"{home}/rows.jsonl"], "good", 10**6, 0)
-    assert len(found) == 48
-    assert held_out("What  is\n1+1?", 0.5) == held_out("What is 1+1?", 0.5)  # spaces are no new problem
-    train_rows, val_rows = split([("a:1", dict(prompt="1 + 1?")), ("a:2", dict(prompt="2 + 2?"))],
-                                 [("b:1", dict(prompt=" 1  + 1?"))], 0, 9)
-    assert ([w for w, _ in train_rows], [w for w, _ in val_rows]) == (["a:2"], ["b:1"])
-    assert 60 < sum(held_out(f"problem {i}", 0.1) for i in range(1000)) < 140
-    (tmp_path / "small.jsonl").write_text("".join(
-        json.dumps(dict(prompt=f"q{i}", completions=["a"], labels=[1])) + "\n" for i in range(10)))
-    both = load_data([f"{home}/rows.jsonl", f"{tmp_path}/small.jsonl"], "good", 20, 0)
-    assert (len(both), sum(r["prompt"].startswith("q") for _, r in both)) == (30, 10)
-    sampled = load_data([f"{home}/rows.jsonl"], "good", 20, 0)
-    assert len({where for where, _ in sampled}) == 20
-    assert sampled == load_data([f"{home}/rows.jsonl"], "good", 20, 0)
-
-
-def test_a_set_as_the_hub_has_it(home, tmp_path, monkeypatch):
-    """A folder with data/train-*.parquet: datasets.load_dataset takes the same way as for trl-lib/math_shepherd."""
-    rows = [row for _, row in read_set(f"{home}/rows.jsonl")][:3]
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "hub" / "data" / "train-00000-of-00001.parquet")
-    name = str(tmp_path / "hub")
-    assert list(read_set(name)) == [(f"{name}:{n}", row) for n, row in enumerate(rows, 1)]
-
-
-# ---------------------------------------------------------------- the two original schemas
-
-def prm800k(steps, finish="solution"):
-    return {"question": {"problem": "Q?"}, "label": {"finish_reason": finish, "steps": [
-        {"completions": c if c is None else [{"text": t, "rating": r, "flagged": False} for t, r in c],
-         "chosen_completion": chosen, "human_completion": human and {"text": human, "rating": None}}
-        for c, chosen, human in steps]}}
-
-
-@pytest.mark.parametrize("neutral, y", [("good", 1.0), ("bad", 0.0), ("drop", None)])
-def test_prm800k(neutral, y):
-    record = prm800k([([("a", 1)], 0, None),
-                      ([("b", -1), ("c", None)], None, "human b"),    # a human wrote on: never rated
-                      ([("d", 0), ("e", -1), ("f", 1)], 0, None),     # alternatives e, f; the path follows d
-                      (None, None, None)], "give_up")                 # completions null
-    rows = {tuple(r["completions"]): r["labels"] for r in from_prm800k(record, neutral)}
-    assert rows == {("a", "human b", "d"): [1.0, None, y], ("a", "b"): [None, 0.0],
-                    ("a", "human b", "e"): [None, None, 0.0], ("a", "human b", "f"): [None, None, 1.0]}
-
-
-def test_prm800k_unchosen_end_and_bad_problem():
-    end = prm800k([([("a", 1)], 0, None), ([("b", -1), ("c", 1)], None, None)], "found_error")
-    assert [(r["completions"], r["labels"]) for r in from_prm800k(end)] == [
-        (["a"], [1.0]), (["a", "b"], [None, 0.0]), (["a", "c"], [None, 1.0])]
-    assert from_prm800k(prm800k([([("a", 1)], 0, None)], "bad_problem")) == []
-    assert from_prm800k(prm800k([])) == []
-
-
-def shepherd(text, signs):
-    """Both texts of a record: the k-th # is the tag in one and the k-th sign in the other."""
-    parts, signs = text.split("#"), list(signs)
-    return {"input": "ки".join(parts), "label": "".join(p + s for p, s in zip(parts, [*signs, ""])), "task": "GSM8K"}
-
-
-@pytest.mark.parametrize("text, signs, prompt, steps, labels", [
-    ("What is 3 + 4? Step 1: 3 + 4 = 7 #\nStep 2: 7 - 0 = 7 The answer is: 7 #", "+-", "What is 3 + 4?",
-     ["Step 1: 3 + 4 = 7", "Step 2: 7 - 0 = 7 The answer is: 7"], [1, 0]),           # signs in the sums too
-    ("Add # 3 and 4. step 1: 3 + 4 = 7 #", "-+", "Add  3 and 4.", ["step 1: 3 + 4 = 7"], [1]),  # tag in the question
-    ("How many? Seven #\nSurely #", "+-", "How many?", ["Seven", "Surely"], [1, 0]),              # no numbers
-])
-def test_math_shepherd(text, signs, prompt, steps, labels):
-    assert from_math_shepherd(shepherd(text, signs)) == [
-        {"prompt": prompt, "completions": steps, "labels": labels}]
-
-
-@pytest.mark.skipif(not REAL.exists(), reason="no real rows beside the repository")
-def test_real_rows():
-    shepherds = [r for _, r in read_set(str(REAL / "math_shepherd" / "rows.jsonl"))]
-    assert len(shepherds) == 7
-    assert shepherds[0]["labels"] == [1, 1, 1, 1, 0]
-    assert shepherds[0]["completions"][0].startswith("Step 1: Janet")
-    assert "ки" not in json.dumps(shepherds, ensure_ascii=False)
-    rated = [json.loads(line) for line in open(REAL / "prm800k" / "prm800k_rows.jsonl")]
-    labels = [y for _, r in read_set(str(REAL / "prm800k" / "prm800k_rows.jsonl")) for y in r["labels"]]
-    ratings = [c["rating"] for r in rated for s in r["label"]["steps"] for c in s["completions"] or []]
-    assert sum(y is not None for y in labels) == sum(x is not None for x in ratings)  # each rating is used once
-    assert labels.count(0.0) == ratings.count(-1)
-
-
 # ---------------------------------------------------------------- bad input: one line, before any training
 
-GOOD = dict(prompt="q", completions=["a", "b"], labels=[1, 0])
-
-
-@pytest.mark.parametrize("line, message", [
-    ('{"prompt": ', "bad.jsonl:2: not JSON"), ("[1]", "bad.jsonl:2: a JSON object"),
-    (json.dumps({**GOOD, "labels": [1]}), "bad.jsonl:2: labels: 2 are expected"),
-    (json.dumps({**GOOD, "labels": [1, 1.5]}), "bad.jsonl:2: labels: 1.5 is not in [0, 1]"),
-    (json.dumps({**GOOD, "labels": [1, float("nan")]}), "bad.jsonl:2: labels: nan is not in [0, 1]"),
-    (json.dumps({**GOOD, "labels": [1, "+"]}), "bad.jsonl:2: labels: '+' is not in [0, 1]"),
-    (json.dumps({**GOOD, "prompt": None}), "bad.jsonl:2: prompt"),
-    (json.dumps({**GOOD, "prompt": "\ud800"}), "jsonl:2: "),
-    (json.dumps({**GOOD, "completions": "ab"}), "bad.jsonl:2: completions"),
-    ('{"label": {"steps": 3}}', "bad.jsonl:2: not a prm800k row"),
-    ('{"input": "What? Step 1: x ки", "label": "What? Step 1: x *"}', "bad.jsonl:2: label: '*' where"),
-])
-def test_malformed_row(home, tmp_path, capsys, line, message):
-    (tmp_path / "bad.jsonl").write_text(json.dumps(GOOD) + "\n" + line + "\n")
-    fails(capsys, message, [*flags(home, tmp_path / "out"), "--data", str(tmp_path / "bad.jsonl")])
+def test_malformed_row(home, tmp_path, capsys):
+    (tmp_path / "bad.jsonl").write_text('{"prompt": ')
+    argv = [*flags(home, tmp_path / "out"), "--data", str(tmp_path / "bad.jsonl")]
+    fails(capsys, "bad.jsonl:1: not JSON", argv)
     assert not (tmp_path / "out").exists()
 
 
@@ -291,10 +196,6 @@ def test_out_is_taken_or_full(home, tmp_path, capsys, monkeypatch):
     fails(capsys, "is taken", flags(home, tmp_path))
     fails(capsys, "is taken", flags(home, tmp_path, "--resume"))  # that is no run of ours
     fails(capsys, "cannot be written", flags(home, tmp_path / "thesis.tex" / "out"))
-    (tmp_path / "empty.jsonl").write_text("\n")
-    (tmp_path / "broken.jsonl.gz").write_bytes(gzip.compress(b'{"prompt": "q"}\n' * 99)[:-20] + b"x" * 20)
-    fails(capsys, "broken.jsonl.gz:", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/broken.jsonl.gz"])
-    fails(capsys, "no rows", [*flags(home, tmp_path / "out"), "--data", f"{tmp_path}/empty.jsonl"])
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     fails(capsys, "GB are free", flags(home, tmp_path / "out"))
@@ -365,10 +266,10 @@ def test_resumed_is_uninterrupted(home, whole, tmp_path, monkeypatch, how, last)
         assert len(list(out.glob("checkpoint-*"))) == 1
     monkeypatch.undo()
     result = train.main(flags(home, out, "--resume"))
-    assert losses(out) == losses(whole[0]), at
+    assert same(out, whole[0]), at
     assert result["best_step"] == whole[1]["best_step"]
     a, b = load_prm(out).state_dict(), load_prm(whole[0]).state_dict()
-    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert all(torch.allclose(a[k], b[k], rtol=0, atol=0 if DEVICE == "cpu" else 1e-4) for k in a)
 
 
 def test_kill_9_and_resume(home, whole, tmp_path):
@@ -386,7 +287,7 @@ def test_kill_9_and_resume(home, whole, tmp_path):
     with open(tmp_path / "out" / "log.jsonl", "a") as file:
         file.write('{"kind": "tra')  # a line cut off by the kill
     train.main([*argv, "--resume"])
-    assert losses(tmp_path / "out") == losses(whole[0]), at
+    assert same(tmp_path / "out", whole[0]), at
 
 
 def test_resume_with_other_settings_is_refused(home, tmp_path, capsys, monkeypatch):
@@ -501,7 +402,10 @@ def ranks(home, tmp_path_factory):
             ("ddp x 2", two, 0), ("fsdp x 2", (*two, "--fsdp"), 0)]
     jobs = [(flags(home, folder / name, *more), kill) for name, more, kill in runs]
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.spawn(two_ranks, (29500 + os.getpid() % 2000, home, jobs, queue), nprocs=2)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(two_ranks, (port, home, jobs, queue), nprocs=2)
     ends = {}
     for _ in range(2 * len(jobs)):
         _, out, early, steps = queue.get()
@@ -509,6 +413,7 @@ def ranks(home, tmp_path_factory):
     return folder, ends
 
 
+@two_devices
 @pytest.mark.parametrize("two, one, tolerance", [
     ("ddp", "one x 2", 1e-5), ("ddp x 2", "one x 4", 1e-5), ("fsdp", "ddp", 1e-5), ("fsdp x 2", "ddp x 2", 1e-5),
     ("ddp cut", "ddp", 1e-12), ("fsdp cut", "fsdp", 1e-9)])
@@ -518,6 +423,7 @@ def test_two_ranks_are_one_with_twice_the_accumulation(ranks, two, one, toleranc
     assert close(folder / two, folder / one, tolerance)
 
 
+@two_devices
 def test_early_stopping_ends_both_ranks_after_the_same_step(ranks):
     first, second = ranks[1]["early"]
     assert first == second
@@ -526,6 +432,7 @@ def test_early_stopping_ends_both_ranks_after_the_same_step(ranks):
     assert steps < 8
 
 
+@two_devices
 def test_weights_of_fsdp_are_those_of_one_rank(ranks):
     folder, _ = ranks
     sharded, whole = (load_prm(folder / name).state_dict() for name in ("fsdp", "one x 2"))

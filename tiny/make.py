@@ -1,14 +1,15 @@
-"""Make the tiny world's models again from nothing: tokenizer, policies, backbones, labelled rows, PRM.
+"""Make the tiny world's models again: tokenizer, policies, backbones, labelled rows, PRM.
 
-    python tiny/make.py                          # every stage that is not done yet, two models at once on two cores
+    python tiny/make.py                          # every stage that is not done yet, on all cores
     python tiny/make.py --stages tokenizer A     # some of them
     python tiny/make.py --out /tmp/tiny          # elsewhere
 
-Restart it after a kill: each model goes on from where it was two minutes before. A model is a Qwen2-architecture causal
-LM pre-trained on the text of one author of tiny/world.py. Policies (A, B, C) learn from careless authors, each with his
-own habits; backbones of four sizes learn from the careful one, who makes every kind of mistake and corrects it. Only
-the train split's problems are ever seen. One run is deterministic for a seed on one machine. The PRM is trained by
-train.py, on labels that annotate.py makes.
+Restart it after a kill: each model goes on from where it was two minutes before. A model is a
+Qwen2-architecture causal LM pre-trained on the text of one author of tiny/world.py. Policies (A, B,
+C) learn from careless authors, each with his own habits; backbones of four sizes learn from the
+careful one, who makes every kind of mistake and corrects it. Only the train split's problems are
+ever seen. One run is deterministic for a seed on one machine. The PRM is trained by train.py, on
+labels that annotate.py makes.
 """
 import argparse
 import gzip
@@ -36,7 +37,7 @@ from prm_model import load_prm  # noqa: E402
 from tiny import world  # noqa: E402
 
 SEPARATOR = "\n"  # the last step is followed by the end-of-text token instead
-# cycles: optimizer steps of each cosine cycle (warm restarts: Loshchilov and Hutter 2017, arXiv 1608.03983)
+# cycles: optimizer steps of each cosine cycle (warm restarts: arXiv 1608.03983)
 #        author    hidden layers heads cycles  batch seed
 MODELS = {
     "A": ("A", 96, 4, 4, (1500,), 64, 1),
@@ -52,7 +53,7 @@ STAGES = ["tokenizer", *MODELS, "rows", "prm"]
 
 
 def make_tokenizer(out):
-    """Byte-level BPE over words, single digits and line ends: every word of the world becomes one token."""
+    """Byte-level BPE over words, digits and line ends: every word of the world is one token."""
     rng, text = random.Random(0), []
     for domain in ("math", "code"):
         for p in world.problems(domain, "train", 3000, seed=99, strict=False):
@@ -65,7 +66,8 @@ def make_tokenizer(out):
     tokenizer.train_from_iterator(text, trainers.BpeTrainer(
         vocab_size=512, special_tokens=["<pad>", "<eos>"], show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(out)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>",
+                            eos_token="<eos>").save_pretrained(out)
 
 
 def get_batch(author, tokenizer, rng, seed, size):
@@ -75,18 +77,22 @@ def get_batch(author, tokenizer, rng, seed, size):
         for p in world.problems(domain, "train", size // 2, seed=seed, strict=False):
             question = tokenizer(p["question"] + SEPARATOR)["input_ids"]
             solution = tokenizer(SEPARATOR.join(world.write(p, author, rng)))["input_ids"]
-            rows.append((torch.tensor(question + solution + [tokenizer.eos_token_id]), len(question)))
+            rows.append((torch.tensor(question + solution + [tokenizer.eos_token_id]),
+                         len(question)))
     return rows
 
 
 def backward(model, rows, at_once=16):
-    """Mean next-token loss on the solutions, and its gradients. Rows of similar length go together: code is shorter
-    than math, and 43 % of the batch would be padding. The head runs on the solutions' positions only."""
-    lengths, starts = torch.tensor([len(ids) for ids, _ in rows]), torch.tensor([start for _, start in rows])
+    """Mean next-token loss on the solutions, and its gradients. Rows of similar length go together:
+    code is shorter than math, and 43 % of the batch would be padding. The head runs on the
+    solutions' positions only."""
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    starts = torch.tensor([start for _, start in rows])
     total, loss = (lengths - starts).sum(), 0.0
     for part in lengths.argsort().split(at_once):
         ids = pad_sequence([rows[i][0] for i in part], batch_first=True)
-        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state  # causal: no mask needed
+        # causal attention: no mask needed
+        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         next_at = torch.arange(1, ids.shape[1])
         keep = (next_at >= starts[part, None]) & (next_at < lengths[part, None])
         logits = model.lm_head(hidden[keep])
@@ -97,19 +103,22 @@ def backward(model, rows, at_once=16):
 
 
 def train_lm(name, tokenizer, out):
-    """Pre-train one LM, saving a checkpoint every two minutes, so that a killed run goes on where it was."""
+    """Pre-train one LM, with a checkpoint every two minutes, from which a killed run goes on."""
     author, hidden, layers, heads, cycles, size, seed = MODELS[name]
     steps = sum(cycles)
     lr_max = 3e-3 * (64 / hidden) ** 0.5
     torch.set_num_threads(1)
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2, max_position_embeddings=512, rope_theta=10000.0,
-        tie_word_embeddings=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=hidden, intermediate_size=3 * hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=heads // 2,
+        max_position_embeddings=512, rope_theta=10000.0, tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, step_separator=SEPARATOR))
-    optimizer = torch.optim.AdamW([{"params": [p for p in model.parameters() if (p.ndim > 1) == matrix],
-                                    "weight_decay": 0.1 * matrix} for matrix in (True, False)],
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.1},
+                                   {"params": vectors, "weight_decay": 0.0}],
                                   lr=lr_max, betas=(0.9, 0.98), fused=True)
     partial, first, seconds, seen = out / f"{name}.partial", 0, 0.0, 0
     if partial.exists():
@@ -117,7 +126,8 @@ def train_lm(name, tokenizer, out):
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         first, seconds, seen = saved["step"], saved["seconds"], saved["tokens"]
-    print(f"{name}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, author {author}, "
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{name}: {parameters / 1e6:.2f} M parameters, author {author}, "
           f"{steps} steps from {first}", flush=True)
     started, saved_at, tokens, running = time.time(), time.time(), 0, None
     for step in range(first, steps):
@@ -128,10 +138,12 @@ def train_lm(name, tokenizer, out):
             at -= length
         if at == 0:
             optimizer.state.clear()
-        lr = lr_max * min(1, (at + 1) / 100) * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * at / length)))
+        cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * at / length))
+        lr = lr_max * min(1, (at + 1) / 100) * cosine
         for group in optimizer.param_groups:
             group["lr"] = lr
-        rng = random.Random(f"{name} {seed} {step}")  # batch `step` is the same whether or not the run was interrupted
+        # batch `step` is the same whether or not the run was interrupted
+        rng = random.Random(f"{name} {seed} {step}")
         rows = get_batch(author, tokenizer, rng, f"{name} {step}", size)
         loss = backward(model, rows)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,11 +152,13 @@ def train_lm(name, tokenizer, out):
         tokens += sum(len(ids) for ids, _ in rows)
         running = loss if running is None else 0.95 * running + 0.05 * loss
         if step % 50 == 0 or step == steps - 1:
-            print(f"{name} step {step} loss {running:.4f} lr {lr:.5f} {tokens / (time.time() - started):.0f} tokens/s "
+            print(f"{name} step {step} loss {running:.4f} lr {lr:.5f} "
+                  f"{tokens / (time.time() - started):.0f} tokens/s "
                   f"{(seconds + time.time() - started) / 60:.1f} min", flush=True)
         if time.time() - saved_at > 120 or at == length - 1:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
-                        "seconds": seconds + time.time() - started, "tokens": seen + tokens}, out / f"{name}.tmp")
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                        "step": step + 1, "seconds": seconds + time.time() - started,
+                        "tokens": seen + tokens}, out / f"{name}.tmp")
             os.replace(out / f"{name}.tmp", partial)
             saved_at = time.time()
     model.config.pretraining_tokens = seen + tokens  # for the FLOPs of Figure 1
@@ -159,25 +173,28 @@ def train_lm(name, tokenizer, out):
     return record["minutes"]
 
 
-# Task, seed, problems, temperature of the solutions. The hot ones are full of mistakes that no author makes, broken
-# lines above all: a PRM that has never seen any takes them for right.
+# Task, seed, problems, temperature of the solutions. The hot ones are full of mistakes that no
+# author makes, broken lines above all: a PRM that has never seen any takes them for right.
 ROWS = [("tiny-code", 11, 1200, 1.0), ("tiny-math", 11, 1200, 1.0), ("tiny-code", 12, 1600, 1.0),
         ("tiny-code", 13, 400, 1.4), ("tiny-math", 13, 400, 1.4)]
 
 
 def script(name, *flags, ranks=1):
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launch = []
+    if ranks > 1:
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     subprocess.run([sys.executable, *launch, str(ROOT / name), *map(str, flags)], check=True)
 
 
 def make_rows(out, jobs):
-    """Stepwise rows for train.py: solutions of A on train problems, labelled by A, B and C (annotate.py)."""
+    """Stepwise rows for train.py: solutions of A on train problems, labelled by A, B and C."""
     rows = []
     for task, seed, problems, heat in ROWS:
         part = out / f"rows-{task}-{seed}.partial.jsonl"
-        script("annotate.py", "--policies", *(out / x for x in "ABC"), "--task", task, "--seed", seed,
-               "--limit", problems, "--sampler-temperature", heat, "--samples", 4, "--keep-unanimous",
-               "--concurrent", 200, "--out", part, "--resume", ranks=jobs)
+        script("annotate.py", "--policies", *(out / x for x in "ABC"), "--task", task,
+               "--seed", seed, "--limit", problems, "--sampler-temperature", heat,
+               "--samples", 4, "--keep-unanimous", "--concurrent", 200, "--out", part, "--resume",
+               ranks=jobs)
         rows.append(part.read_bytes())
     with gzip.GzipFile(out / "rows.partial.gz", "wb", mtime=0) as file:
         file.write(b"".join(rows))
@@ -187,12 +204,12 @@ def make_rows(out, jobs):
 
 
 def make_prm(out, jobs):
-    """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how to check what is
-    rare in the rows."""
+    """The PRM, from backbone l and those rows. At a learning rate of 1e-3 the backbone forgets how
+    to check what is rare in the rows."""
     ranks = min(jobs, 2)
-    script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5, "--lr", 3e-4,
-           "--lr-head", 2e-3, "--accumulate", 4 // ranks, "--val-samples", 300, "--out", out / "prm.training",
-           "--resume", ranks=ranks)
+    script("train.py", "--data", out / "rows.jsonl.gz", "--model", out / "l", "--epochs", 5,
+           "--lr", 3e-4, "--lr-head", 2e-3, "--accumulate", 4 // ranks, "--val-samples", 300,
+           "--out", out / "prm.training", "--resume", ranks=ranks)
     prm = load_prm(out / "prm.training").half()
     prm.format["base_model"] = "tiny/l"
     prm.save(out / "prm")
@@ -200,16 +217,20 @@ def make_prm(out, jobs):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent, help="folder of the models")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent,
+                        help="folder of the models")
     parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="models trained at once, a thread each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(),
+                        help="models trained at once, a thread each")
     parser.add_argument("--overwrite", action="store_true", help="make a stage again that is done")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def todo(stage):
-        done = (args.out / ("rows.jsonl.gz" if stage == "rows" else stage)).exists() and not args.overwrite
+        file = args.out / ("rows.jsonl.gz" if stage == "rows" else stage)
+        done = file.exists() and not args.overwrite
         if done and stage in args.stages:
             print(f"{stage}: done already")
         return stage in args.stages and not done
@@ -219,11 +240,12 @@ def main(argv=None):
     if len(models) == 1:
         tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out / "tokenizer")
         print(f"{models[0]}: {train_lm(models[0], tokenizer, args.out):.1f} minutes", flush=True)
-    elif models:  # small matrices: two models on two cores, not one on both; the one that takes longest first
+    elif models:  # small matrices: a model a core, not one on all; the slowest model first
         models.sort(key=lambda x: -MODELS[x][1] * MODELS[x][2] * sum(MODELS[x][4]))
         again = ["--overwrite"] if args.overwrite else []
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda x: script("tiny/make.py", "--out", args.out, "--stages", x, *again), models))
+            list(pool.map(lambda x: script("tiny/make.py", "--out", args.out, "--stages", x,
+                                           *again), models))
     for stage, make in (("rows", make_rows), ("prm", make_prm)):
         if todo(stage):
             started = time.time()

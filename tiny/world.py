@@ -1,39 +1,46 @@
-"""The tiny world: plain-English sums and small Python functions whose every step can be checked by rule.
+"""The tiny world: plain-English sums and small Python functions; a rule checks their every step.
 
-It stands in for GSM8K/MATH and APPS/TACO (paper, §3.1) so that everything in this repository runs on a laptop with
-no download. A problem is a list of operations, told in English, and solved one line per operation:
+It stands in for GSM8K/MATH and APPS/TACO (paper, §3.1) so that everything in this repository runs
+on a laptop with no download. A problem is a list of operations, told in English, and solved one
+line per operation:
 
     math   Ann has 7 shells. In January she finds 5. In February she doubles them. How many now?
            January: 7+5=12
            February: 12*2=24
            Answer: 24
-    code   Let a be xs without its last 2 items. Let b be the items of a that are at least 4. Return the sum of b.
+    code   Let a be xs without its last 2 items. Let b be the items of a that are at least 4.
+           Return the sum of b.
            def f(xs):
             a = xs[:-2]
             b = [v for v in a if v >= 4]
             return sum(b)
 
-Text is written by *authors*. An author slips now and then, and has habits: steps that he mostly gets wrong in the
-same way (forgets the carry, takes "at least" for "more than", ...). Language models pre-trained on such text are the
-policies of this world: their errors are systematic, which is what makes majority voting weak, on real models too.
-The careful author of the backbones' text makes every kind of mistake and corrects each at once ("Wait, ..."), and so
-a model of that text must learn to check (compare Ye et al., Physics of Language Models 2.2, arXiv 2408.16293).
+Text is written by *authors*. An author slips now and then, and has habits: steps that he mostly
+gets wrong in the same way (forgets the carry, takes "at least" for "more than", ...). Language
+models pre-trained on such text are the policies of this world: their errors are systematic, which
+is what makes majority voting weak, on real models too. The careful author of the backbones' text
+makes every kind of mistake and corrects each at once ("Wait, ..."), and so a model of that text
+must learn to check (compare Ye et al., Physics of Language Models 2.2, arXiv 2408.16293).
 
-    problems(domain, split, n)   dicts {"id", "question", "domain", "answer" | "tests", "meta"}, never in two splits
+    problems(domain, split, n)   dicts {"id", "question", "domain", "answer" | "tests", "meta"},
+                                 never in two splits
     write(problem, author, rng)  one solution as a list of steps
     grade(problem, steps)        the truth of every step
 """
 import hashlib
 import random
 
-MONTHS = "January February March April May June July August September October November December".split()
+MONTHS = ("January February March April May June July August September October November "
+          "December").split()
 VARIABLES = list("abcdefgh")
-NAMES = [("Ann", "she"), ("Ben", "he"), ("Eva", "she"), ("Tom", "he"), ("Mia", "she"), ("Leo", "he")]
+NAMES = [("Ann", "she"), ("Ben", "he"), ("Eva", "she"), ("Tom", "he"), ("Mia", "she"),
+         ("Leo", "he")]
 THINGS = ["shells", "coins", "books", "cards", "pens", "nuts"]
 LARGEST = 60  # values stay within 1 .. 60, so that a small model can learn all the sums there are
 
 # An operation is (kind, n). MATH: what the story says, and the sign it stands for.
-MATH = {"gain": (["finds {}", "buys {}", "gets {}"], "+"), "lose": (["loses {}", "gives away {}", "sells {}"], "-"),
+MATH = {"gain": (["finds {}", "buys {}", "gets {}"], "+"),
+        "lose": (["loses {}", "gives away {}", "sells {}"], "-"),
         "double": (["doubles them"], "*"), "halve": (["sells half"], "/")}
 # CODE: what the specification says of the list before, and the expression that does it.
 CODE = {"drop_first": ("{x} without its first {n} items", "{x}[{n}:]"),
@@ -50,21 +57,27 @@ CODE = {"drop_first": ("{x} without its first {n} items", "{x}[{n}:]"),
         "up": ("{x} sorted upwards", "sorted({x})"),
         "down": ("{x} sorted downwards", "sorted({x})[::-1]")}
 # the same expressions as functions of (xs, n)
-LISTS = {kind: eval("lambda xs, n: " + code.format(x="xs", n="n")) for kind, (_, code) in CODE.items()}
+LISTS = {kind: eval("lambda xs, n: " + code.format(x="xs", n="n"))
+         for kind, (_, code) in CODE.items()}
 RETURNS = {"sum": ("the sum of {x}", "sum({x})"), "len": ("the number of items of {x}", "len({x})"),
            "all": ("{x}", "{x}")}
-# Operations per problem, the knob of difficulty. Test problems are such that the shipped policy solves 30 to 60 %.
+# Operations per problem, the knob of difficulty: the shipped policy solves 30 to 60 % of the test
+# problems.
 STEPS = {"train": {"math": (5, 9), "code": (4, 7)}, "test": {"math": (5, 9), "code": (4, 6)}}
 
-# Habits: for the kinds of step on the left, an author writes the wrong thing on the right (see _habit_math, _code).
-SWAPS = {"last": {"drop_last": "keep_last", "keep_last": "drop_last"}, "bound": {"at_least": "more", "at_most": "less"},
-         "first": {"drop_first": "keep_first", "keep_first": "drop_first"}, "order": {"down": "up", "up": "down"},
-         "sign": {"add": "subtract", "subtract": "add"}}
-# slip: rate of random mistakes; fix: share of the mistakes corrected in the next step; habits: rate of each.
+# Habits: for the kinds of step on the left, an author writes the wrong thing on the right (see
+# _habit_math, _write_code).
+SWAPS = {"last": {"drop_last": "keep_last", "keep_last": "drop_last"},
+         "bound": {"at_least": "more", "at_most": "less"},
+         "first": {"drop_first": "keep_first", "keep_first": "drop_first"},
+         "order": {"down": "up", "up": "down"}, "sign": {"add": "subtract", "subtract": "add"}}
+# slip: rate of random mistakes; fix: share of them corrected in the next step; habits: rate of each
 AUTHORS = {
     "careful": dict(slip=0.25, fix=1.0, habits={}),
-    "A": dict(slip=0.015, fix=0.1, habits={"carry": 0.6, "double": 0.6, "last": 0.6, "bound": 0.6}),
-    "B": dict(slip=0.015, fix=0.1, habits={"borrow": 0.6, "halve": 0.6, "first": 0.6, "order": 0.6}),
+    "A": dict(slip=0.015, fix=0.1,
+              habits={"carry": 0.6, "double": 0.6, "last": 0.6, "bound": 0.6}),
+    "B": dict(slip=0.015, fix=0.1,
+              habits={"borrow": 0.6, "halve": 0.6, "first": 0.6, "order": 0.6}),
     "C": dict(slip=0.03, fix=0.1, habits={"carry": 0.2, "borrow": 0.4, "sign": 0.6, "bound": 0.2}),
 }
 
@@ -74,9 +87,10 @@ AUTHORS = {
 def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
     """Yield n problems (without n: no end). steps: (fewest, most) operations.
 
-    Problem i depends on (domain, split, seed, steps, i) alone. A hash of the operations decides the split, so no two
-    splits can share a problem whatever their seeds. strict: only functions each of whose steps matters, so that the
-    tests notice every mistake; without it one wrong step in five is harmless, as when a list is sorted, then summed.
+    Problem i depends on (domain, split, seed, steps, i) alone. A hash of the operations decides the
+    split, so no two splits can share a problem whatever their seeds. strict: only functions each of
+    whose steps matters, so that the tests notice every mistake; without it one wrong step in five
+    is harmless, as when a list is sorted, then summed.
     """
     i = 0
     while n is None or i < n:
@@ -86,11 +100,12 @@ def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
             p = (_draw_math if domain == "math" else _draw_code)(rng, rng.randint(fewest, most))
             meta = p["meta"]
             digest = hashlib.blake2b(repr(meta).encode(), digest_size=2).digest()
-            if (digest[0] < 26) == (split == "test"):  # one problem in ten belongs to the test split
-                if not (strict and domain == "code" and harmless(meta["ops"], meta["end"], p["tests"]["inputs"])):
+            if (digest[0] < 26) == (split == "test"):  # one problem in ten is of the test split
+                if not (strict and domain == "code"
+                        and harmless(meta["ops"], meta["end"], p["tests"]["inputs"])):
                     break
-                fewest = most = len(meta["ops"])  # another one as long: long ones are rejected more often
-        p["meta"]["prompt"] = p["meta"].get("starter")  # as in tasks.py; not hashed, splits would change
+                fewest = most = len(meta["ops"])  # as long a one: long ones fail more often
+        p["meta"]["prompt"] = p["meta"].get("starter")  # as in tasks.py; not hashed with the rest
         yield {"id": f"tiny-{domain}-{split}-{seed}-{i}", **p}
         i += 1
 
@@ -130,25 +145,27 @@ def _draw_code(rng, n_ops):
     question = " ".join(spec) + f" Return {RETURNS[end][0].format(x=source)}.\ndef f(xs):"
     inputs = [[[rng.randint(0, 20) for _ in range(rng.randint(9, 14))]] for _ in range(24)]
     outputs = [run_ops(xs, ops, end) for (xs,) in inputs]
-    tests = dict(kind="call", entry="f", inputs=inputs[4:], outputs=outputs[4:], example_inputs=inputs[:4])
-    return dict(question=question, domain="code", tests=tests, meta=dict(ops=ops, end=end, starter="def f(xs):\n"))
+    tests = dict(kind="call", entry="f", inputs=inputs[4:], outputs=outputs[4:],
+                 example_inputs=inputs[:4])
+    return dict(question=question, domain="code", tests=tests,
+                meta=dict(ops=ops, end=end, starter="def f(xs):\n"))
 
 
 def run_ops(xs, ops, end):
-    """What the function should return: the specification carried out, without running any written code."""
+    """What the function should return: the specification carried out, no written code run."""
     for kind, n in ops:
         xs = LISTS[kind](xs, n)
     return {"sum": sum, "len": len, "all": list}[end](xs)
 
 
 def harmless(ops, end, inputs):
-    """Could a step be left out, swapped, or take a number that is off by one, and no test would notice?"""
+    """Could a step be left out, swapped, or be off by one in its number, unnoticed by the tests?"""
     outputs = [run_ops(xs, ops, end) for (xs,) in inputs]
     for k, (kind, n) in enumerate(ops):
         wrong = [[]] + [[(swap[kind], n)] for swap in SWAPS.values() if kind in swap]
         wrong += [[(kind, n + d)] for d in (-1, 1) if "{n}" in CODE[kind][1] and n + d]
-        if any(all(run_ops(xs, ops[:k] + other + ops[k + 1:], end) == out for (xs,), out in zip(inputs, outputs))
-               for other in wrong):
+        if any(all(run_ops(xs, ops[:k] + other + ops[k + 1:], end) == out
+                   for (xs,), out in zip(inputs, outputs)) for other in wrong):
             return True
     return False
 
@@ -156,8 +173,9 @@ def harmless(ops, end, inputs):
 # ---------------------------------------------------------------- authors
 
 def write(problem, author, rng):
-    """One solution of an author: a list of steps, mistakes and corrections included, without separators."""
-    return (_write_math if problem["domain"] == "math" else _write_code)(problem["meta"], AUTHORS[author], rng)
+    """One solution of an author: a list of steps, with mistakes and corrections, no separators."""
+    return (_write_math if problem["domain"] == "math" else _write_code)(
+        problem["meta"], AUTHORS[author], rng)
 
 
 def _habit_math(x, kind, n):
@@ -203,17 +221,17 @@ def _slip_math(meta, k, x, line, rng):
     """A random mistake at operation k on value x: (line, its result)."""
     kind, n = meta["ops"][k]
     what = rng.random()
-    if what < 0.6:                                                       # errs as somebody's habit is, or miscounts
+    if what < 0.6:                                      # errs as somebody's habit is, or miscounts
         habit, wrong = _habit_math(x, kind, n)
         y = wrong if habit else apply_math(x, kind, n) + rng.choice([-10, -2, -1, 1, 2, 10])
         return line.format(x, MATH[kind][1], n, y), y
-    if what < 0.75:                                                      # misreads the number
+    if what < 0.75:                                     # misreads the number
         n = rng.randint(2, 9)
-    elif what < 0.85:                                                    # misreads the verb
+    elif what < 0.85:                                   # misreads the verb
         kind = rng.choice(["gain", "lose"])
-    elif what < 0.93 and k + 1 < len(meta["ops"]):                       # skips a month
+    elif what < 0.93 and k + 1 < len(meta["ops"]):      # skips a month
         (kind, n), line = meta["ops"][k + 1], MONTHS[k + 1] + ": {}{}{}={}"
-    else:                                                                # copies the value wrongly
+    else:                                               # copies the value wrongly
         x = max(1, x + rng.choice([-10, -1, 1, 10]))
     n = n if kind in ("gain", "lose") else 2
     y = apply_math(x, kind, n)
@@ -221,7 +239,8 @@ def _slip_math(meta, k, x, line, rng):
 
 
 def _code_line(k, kind, n, source=None):
-    return f" {VARIABLES[k]} = " + CODE[kind][1].format(x=source or (VARIABLES[k - 1] if k else "xs"), n=n)
+    return f" {VARIABLES[k]} = " + CODE[kind][1].format(
+        x=source or (VARIABLES[k - 1] if k else "xs"), n=n)
 
 
 def _write_code(meta, author, rng):
@@ -250,7 +269,7 @@ def _slip_code(ops, k, rng):
         return _code_line(k, rng.choice(swaps), n)
     if "{n}" in CODE[kind][1] and what < 0.75:
         return _code_line(k, kind, max(1, n + rng.choice([-1, 1, 2])))
-    if k and what < 0.85:                                                # works on an older list: skips a step
+    if k and what < 0.85:                               # works on an older list: skips a step
         return _code_line(k, kind, n, source=(["xs"] + VARIABLES)[rng.randrange(k)])
     return _code_line(k, rng.choice(list(CODE)), n)
 
@@ -258,7 +277,8 @@ def _slip_code(ops, k, rng):
 # ---------------------------------------------------------------- the truth
 
 def grade(problem, steps):
-    """True for each step after which the solution is right so far; a step that corrects the one before is right."""
+    """True for each step after which the solution is right so far; a step that corrects the one
+    before is right."""
     return (_grade_math if problem["domain"] == "math" else _grade_code)(problem["meta"], steps)
 
 
@@ -266,7 +286,8 @@ def _grade_math(meta, steps):
     values = [meta["start"]]  # values[k]: the number before operation k
     for kind, n in meta["ops"]:
         values.append(apply_math(values[-1], kind, n))
-    right = [f"{MONTHS[k]}: {values[k]}{MATH[kind][1]}{n}={values[k + 1]}" for k, (kind, n) in enumerate(meta["ops"])]
+    right = [f"{MONTHS[k]}: {values[k]}{MATH[kind][1]}{n}={values[k + 1]}"
+             for k, (kind, n) in enumerate(meta["ops"])]
     return _follow(right + [f"Answer: {values[-1]}"], steps, lambda s: s.removeprefix("Wait, "))
 
 
@@ -277,7 +298,7 @@ def _grade_code(meta, steps):
 
 
 def _follow(right, steps, plain):
-    """Walk the steps beside the right ones. k: right steps so far; broken: how many wrong ones since."""
+    """Walk the steps beside the right ones. k: right steps so far; broken: wrong ones since."""
     k, broken, labels = 0, 0, []
     for step in steps:
         body = plain(step)

@@ -1,0 +1,154 @@
+"""What of a model family the tree cache and the sampler rely on: right, or refused at loading.
+
+    load_pretrained(...)     a model, config or tokenizer from a folder or the hub
+    check(model, path)       the cache computes what the model does, or a ValueError
+    own_logits(lm, hidden)   what the family does behind its LM head included
+    bos(tokenizer)           what the tokenizer puts before a text
+
+docs/models.md lists families, exact or refused (python benchmarks/families.py).
+"""
+import socket
+import sys
+from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
+
+import torch
+from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoTokenizer
+from transformers.utils.logging import disable_progress_bar
+
+from common.cache import encode_missing
+from common.node import Node
+
+TOKENS = 20         # of the check
+SHORT_WINDOW = 4    # stands for any sliding window or chunk in the check: shorter than its text
+# Largest relative difference: rounding alone gives 1e-6 in fp32, and some hundredths in bf16.
+TOLERANCE = {torch.float32: 1e-3}
+WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+def bos(tokenizer):
+    """[BOS] if the tokenizer puts it before a text, as Llama's and Gemma's do; [] if not (Qwen's).
+    A chat template has its own."""
+    first = tokenizer("")["input_ids"][:1]  # some add an end-of-text token, too
+    return first if first == [tokenizer.bos_token_id] else []
+
+
+def own_logits(lm, hidden):
+    """Logits (B, V) of hidden states (B, h): the head, then its scaling (Granite divides, Cohere
+    multiplies) and soft-capping (Gemma 2). check() finds out if a family does something else."""
+    config = lm.config
+    logits = lm.get_output_embeddings()(hidden)
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
+    if factor := getattr(config, "logit_scale", None):
+        logits = logits * factor
+    if cap := getattr(config, "final_logit_softcapping", None):
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
+def check(model, path):
+    """Raise a ValueError unless a forward by the tree cache equals a plain one on random tokens.
+
+    model: a backbone, or an LM, whose logits are compared, too. One forward of 20 tokens and two
+    cached ones, a fraction of the time that loading takes.
+    """
+    reason = "computes something else"
+    try:
+        if model.base_model is not model:
+            model.set_attn_implementation("sdpa")  # the one that takes the cache's masks
+        difference = cached_difference(model)
+    except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError,
+            ValueError) as error:
+        difference = float("nan")
+        reason = f"does not work ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
+    if not difference < TOLERANCE.get(model.dtype, 0.2):  # NaN is refused, too
+        raise ValueError(f"{path}: a model of type {model.config.model_type} cannot be used here: "
+                         f"the tree cache, made for full attention as in Llama and Qwen, {reason}")
+
+
+@torch.inference_mode()
+def cached_difference(model):
+    """Relative difference of hidden states, and of an LM's logits, with the cache and without."""
+    backbone, config = model.base_model, model.config
+    random = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (TOKENS,), generator=random).tolist()
+    # Two paths of different lengths, so that the shorter one is padded: root, a, b and root, c.
+    root = Node("", ids=ids[:7])
+    a = Node("", root, ids[7:17])
+    ends = [Node("", a, ids[17:]), Node("", root, ids[7:9])]
+    windows = {}  # a window as long as the context makes no difference
+    for name in WINDOWS:
+        if 0 < (getattr(config, name, None) or 0) < (config.max_position_embeddings or 0):
+            windows[name] = getattr(config, name)
+            setattr(config, name, SHORT_WINDOW)
+    try:
+        whole = torch.tensor([ids], device=model.device)
+        plain = backbone(input_ids=whole, use_cache=False).last_hidden_state[0, [-1, 8]]
+        pairs = []
+        if backbone is not model:
+            plain_logits = model(input_ids=whole, use_cache=False).logits[0, [-1, 8]]
+    finally:
+        for name, window in windows.items():
+            setattr(config, name, window)
+    encode_missing(backbone, "check", [a], lambda node: node.ids, TOKENS)
+    _, hidden = encode_missing(backbone, "check", ends, lambda node: node.ids, 4 * TOKENS)
+    cached = torch.stack([hidden[node] for node in ends])
+    pairs.append((plain, cached))
+    if backbone is not model:
+        pairs.append((plain_logits, own_logits(model, cached)))
+    return max(float((x.float() - y.float()).norm() / x.float().norm()) for x, y in pairs)
+
+
+# ------------------------------------------------------------ loading
+
+def is_local(path):
+    """Is asking the hub pointless? Then a wrong name fails at once, not after 25 s of retries."""
+    path = str(path)
+    names_folder = path.startswith(("/", ".", "~")) or path.count("/") > 1
+    in_folder = "/" in path and Path(path).parent.is_dir()  # runs/prm, beside other runs
+    if names_folder or in_folder or Path(path).is_dir():
+        return True
+    if getproxies():  # a proxy resolves the hub's name for us
+        return False
+    try:
+        socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
+    except OSError:
+        return True  # no network: what was downloaded before still loads
+    return False
+
+
+def load_pretrained(kind, path, **keywords):
+    """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
+    would make up. It never runs code from the hub, and never unpickles."""
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of transformers: a line of noise for each model in a log
+    keywords["local_files_only"] = is_local(path)
+    try:
+        if kind in (AutoConfig, AutoTokenizer):
+            return kind.from_pretrained(path, trust_remote_code=False, **keywords)
+        model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
+                                           output_loading_info=True, **keywords)
+        if info["missing_keys"]:
+            missing = ", ".join(sorted(info["missing_keys"])[:6])
+            raise ValueError(f"weights are missing: {missing}")
+        return model
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if Path(path).is_dir():
+            files = ", ".join(sorted(f.name for f in Path(path).iterdir())) or "nothing"
+            raise ValueError(f"{path}: cannot load it ({lines[0]}). The folder holds: {files}; "
+                             "needed are config.json, model.safetensors and the tokenizer's "
+                             "files") from error
+        hub = "" if keywords["local_files_only"] else f", and the hub gave: {lines[0]}"
+        raise ValueError(f"{path}: no such folder{hub}. Offline, pass the path of a local folder "
+                         "(made by save_pretrained or `hf download`)") from error
+
+
+def dtype_of(name, device):
+    """A dtype by its name; None is bfloat16 on cuda and float32 elsewhere."""
+    default = "bfloat16" if str(device).startswith("cuda") else "float32"
+    return getattr(torch, name or default)

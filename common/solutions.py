@@ -1,0 +1,245 @@
+"""Plumbing of annotate.py: where solutions come from, and what becomes of them.
+
+Solution       one solution, from its problem to its labels
+collect()      the solutions to label: those of --data, or empty ones that will be sampled
+judge_votes()  an LLM that reads solutions as an annotator
+report()       writes the labelled solutions, prints a summary, writes all figures to --json
+"""
+import itertools
+import json
+import re
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from operator import itemgetter
+from pathlib import Path
+
+from common import tasks
+from common.data import first_wrong, read_set
+from common.run import write_rows
+
+
+@dataclass(eq=False)
+class Solution:
+    """A solution of a problem on its way to labels: what annotate.py fills in, field by field."""
+    problem: tasks.Problem
+    id: str = ""
+    source: str = ""
+    steps: list | None = None        # None: still to be sampled
+    ends_right: bool | None = None   # None: breaks off before an answer
+    end: str | None = None           # as Node.end
+    given: bool = False              # from --data
+    label: int | None = None         # the first wrong step by the labels that --data brings
+    why: str = ""                    # the judge's words: common/tasks.py, Verdict
+    votes: dict = field(default_factory=dict)         # {voter: first wrong step}
+    voter_values: list = field(default_factory=list)  # of each voter c / k of every prefix
+    rollouts: int = 0
+    timeouts: int = 0
+    dropped: str | None = None       # the reason; None: kept
+    first_error: int | None = None   # by consensus
+    labels: list | None = None
+
+    def values(self):
+        """The mean over voters of each prefix's value, None where no voter needed it."""
+        means = []
+        for values in zip(*self.voter_values):
+            known = [v for v in values if v is not None]
+            means.append(round(statistics.fmean(known), 4) if known else None)
+        return means or [None] * len(self.steps)
+
+    def record(self):
+        """A line of OUT.votes."""
+        record = {"id": self.id, "domain": self.problem.domain, "source": self.source,
+                  "prompt": self.problem.question, "completions": self.steps,
+                  "correct": self.ends_right, "why": self.why, "votes": self.votes,
+                  "values": self.values(), "rollouts": self.rollouts,
+                  "timeouts": self.timeouts, "dropped": self.dropped}
+        if self.votes:
+            record["first_error"] = self.first_error
+        if self.labels:
+            record["labels"] = self.labels
+        return record
+
+
+def hard_labels(place, T):
+    """The labels of T steps by the first wrong one: wrong stays wrong."""
+    return [place < 0 or t < place for t in range(T)]
+
+
+# ---------------------------------------------------------------- where solutions come from
+
+def collect(args):
+    """The solutions of each problem, by the flags of annotate.py -> [[Solution, ...], ...]."""
+    problems = []
+    for task in args.task:
+        tiny, limit = task.startswith("tiny"), args.limit
+        if args.data:  # a row may be about any problem; but those of the tiny world have no end
+            limit = max(100, args.limit) if tiny else None
+        split = args.split or ("train" if tiny else None)
+        problems += tasks.load(task, args.task_data, split, limit, args.seed)
+    if args.data:
+        return given_solutions(args.data, problems, args.limit, args.vote_labels or "good")
+    source = f"sampled from {Path(args.policies[0]).name}"
+    groups = []
+    for p in problems:
+        groups.append([Solution(p, f"{p.id}-{i}", source) for i in range(args.samples)])
+    return groups
+
+
+def given_solutions(files, problems, limit=None, neutral="good"):
+    """The rows of existing sets, the solutions of one problem together.
+
+    A row's problem is the one with its question, or the row brings an "answer" of its own.
+    limit: rows of each file; neutral: what PRM800K's neutral rating counts as.
+    """
+    known = {" ".join(p.question.split()): p for p in problems}
+    groups, used = {}, Counter()
+    for file in files:
+        for where, row in itertools.islice(read_set(file, "auto", neutral), limit):
+            domain = row.get("domain") or "math"
+            if domain not in ("math", "code") or not isinstance(row.get("id", ""), (str, int)):
+                raise ValueError(f"{where}: domain: math or code is expected, id: a text")
+            question = " ".join(row["prompt"].split())
+            if question not in known:
+                known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], domain)
+            problem = known[question]
+            if problem.answer is None and row.get("answer") is not None:
+                problem.answer = str(row["answer"])
+            name = row.get("id") or where
+            used[name] += 1
+            if used[name] > 1:  # a PRM800K record has many rows, and two files may share ids
+                name = f"{name}#{used[name]}"
+            groups.setdefault(question, []).append(
+                Solution(problem, name, row.get("source") or file, row["completions"],
+                         given=True, label=first_wrong(row["labels"])))
+    return list(groups.values())
+
+
+# ---------------------------------------------------------------- an LLM that reads solutions
+
+def judge_votes(policy, solutions):
+    """An instruction LLM names first wrong steps, in one greedy answer a solution (paper 3.1)."""
+    roots = []
+    for i, s in enumerate(solutions):
+        numbered = "\n\n".join(f"Step {t}: {step}" for t, step in enumerate(s.steps, 1))
+        question = f"Problem: {s.problem.question}\n\n{numbered}"
+        roots.append(policy.root(f"{s.problem.id} {i}", question, "judge"))
+    answers = ["\n".join(end.steps()) for [end] in policy.complete(roots, 1)]
+    return [parse_verdict(text, len(s.steps)) for text, s in zip(answers, solutions)]
+
+
+def parse_verdict(text, T):
+    """"... First wrong step: 3" -> 2; "First wrong step: none" -> -1; anything else, or a step
+    that is not there, is an abstention (None). The last line counts, and must hold no more."""
+    line = text.strip().rpartition("\n")[2]
+    match = re.fullmatch(r"\W*first wrong step:?\W*(\d+|none)\W*", line, re.IGNORECASE)
+    if match is None:
+        return None
+    if match[1].lower() == "none":
+        return -1
+    return int(match[1]) - 1 if 1 <= int(match[1]) <= T else None
+
+
+# ---------------------------------------------------------------- what became of them
+
+def agreement(voted):
+    """{"A / B": the share of solutions on which A and B vote the same}, where nobody abstains."""
+    names = voters_of(voted)
+    pairs = {pair: [] for pair in itertools.combinations(names, 2)}
+    for r in voted:
+        if any(r["votes"].get(name) is None for name in names):
+            continue  # otherwise pairs would be compared on different solutions
+        for a, b in pairs:
+            pairs[a, b].append(r["votes"][a] == r["votes"][b])
+    return {f"{a} / {b}": round(statistics.fmean(same), 4)
+            for (a, b), same in pairs.items() if same}
+
+
+def voters_of(voted):
+    """The names of all who voted, in order."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(r["votes"] for r in voted)))
+
+
+def summarise(records):
+    """Figures of all solutions: how many were kept, why others were dropped, who agrees."""
+    voted = [r for r in records if r["votes"]]
+    kept = [r for r in records if not r["dropped"]]
+    abstentions = Counter()
+    for name in voters_of(voted):
+        abstentions[name] = sum(r["votes"].get(name) is None for r in voted)
+
+    def share(key):
+        """Kept solutions of those voted on, by the value of key."""
+        of, part = Counter(map(key, voted)), Counter(map(key, kept))
+        return {str(x): round(part[x] / of[x], 4) for x in sorted(of)}
+    return {"solutions": len(records), "voted on": len(voted), "kept": len(kept),
+            "labels": sum(len(r["labels"]) for r in kept),
+            "solutions with an error": sum(r["first_error"] >= 0 for r in kept),
+            "dropped": dict(Counter(r["dropped"] for r in records if r["dropped"])),
+            "verdicts": dict(Counter(r["why"] for r in records)),
+            "timeouts": sum(r["timeouts"] for r in records),
+            "kept by source": share(lambda r: r["source"]),
+            "kept by domain": share(lambda r: r["domain"]),
+            "kept by steps": share(lambda r: len(r["completions"])),
+            "agreement": agreement(voted), "abstentions": dict(abstentions),
+            "rollouts": sum(r["rollouts"] for r in records)}
+
+
+def show(record):
+    """Print one labelled solution."""
+    print(f"\n{record['prompt']}")
+    for label, step in zip(record["labels"], record["completions"]):
+        sign = f"{label:.2f}"  # a soft label
+        if isinstance(label, bool):
+            sign = "+" if label else "-"
+        print(f"  {sign} {step}")
+    votes = ", ".join(f"{name} {place}" for name, place in record["votes"].items())
+    print(f"first wrong step, counted from 0: {votes}\n")
+
+
+def table(records, summary):
+    """Print the summary in a few lines."""
+    print(f"{'':<24}{'voted on':>10}{'kept':>8}{'share':>8}{'steps':>8}{'with an error':>15}")
+    for key in ("domain", "source"):
+        for name, share in summary[f"kept by {key}"].items():
+            group = [r for r in records if r["votes"] and r[key] == name]
+            kept = [r for r in group if not r["dropped"]]
+            steps = sum(len(r["labels"]) for r in kept)
+            wrong = sum(r["first_error"] >= 0 for r in kept)
+            print(f"  {name[-22:]:<22}{len(group):>10}{len(kept):>8}{share:>8.2f}{steps:>8}"
+                  f"{wrong:>15}")
+    reasons = ", ".join(f"{n} {why}" for why, n in summary["dropped"].items())
+    print(f"{summary['solutions']} solutions, dropped: {reasons or 'none'}")
+    for title, figures in (("two voters agree", summary["agreement"]),
+                           ("abstentions", summary["abstentions"])):
+        if any(figures.values()):
+            print(f"{title}: " + ", ".join(f"{name} {x:.3g}" for name, x in figures.items()))
+    print(f"{summary['rollouts']:,} rollouts ({summary['timeouts']} timed out), "
+          f"{summary['rollouts per solution and LLM']:.1f} a solution and LLM; "
+          f"{summary['tokens generated']:,} tokens generated, {summary['seconds']:.0f} s, "
+          f"{summary['seconds per label']:.3f} s a labelled step")
+
+
+FIELDS = ["id", "domain", "source", "prompt", "completions", "labels", "values", "rollouts",
+          "votes", "first_error"]  # of a row of --out
+
+
+def report(records, voters, args, seconds):
+    """Write the labelled solutions and the summary. Tokens are those of this process alone."""
+    kept = [r for r in records if not r["dropped"]]
+    summary, seconds = summarise(records), round(seconds, 1)
+    votes = summary["voted on"] * len(voters)
+    summary |= {"rollouts per solution and LLM": summary["rollouts"] / max(1, votes),
+                "tokens generated": sum(p.generated for p in voters.values()),
+                "tokens prefilled": sum(p.prefilled for p in voters.values()),
+                "seconds": seconds, "seconds per label": seconds / max(1, summary["labels"])}
+    for record in [r for r in kept if r["first_error"] >= 0][:1]:  # one to look at
+        show(record)
+    table(records, summary)
+    if args.out:
+        write_rows(args.out, [dict(zip(FIELDS, itemgetter(*FIELDS)(r))) for r in kept])
+        print(f"written: {args.out}, {len(kept)} labelled solutions; {args.out}.votes, all votes")
+    else:
+        print("nothing is written: pass --out FILE to keep the labels")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"args": vars(args), **summary}, indent=1) + "\n")
