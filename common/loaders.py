@@ -163,7 +163,7 @@ def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=()
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
     if entry:
-        tests = {"kind": "call", "entry": entry, "json": True, "wrapped": wrapped}
+        tests = {"kind": "call", "entry": entry, "wrapped": wrapped}
         shown = shown or inputs[:2]
     else:
         tests = {"kind": "stdin"}
@@ -172,7 +172,7 @@ def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=()
         statement = " ".join(question.split())
         stated = [v for v in inputs if v.strip() and " ".join(v.split()) in statement]
         shown = shown or stated[:4] or inputs[:1]
-    tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, prelude="contest",
+    tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, contest=True,
                  time_limit=seconds * slowness(), reference=solutions[0] if solutions else None)
     return Problem(str(name), question, "code", tests=tests, meta=meta)
 
@@ -248,7 +248,7 @@ def _livecodebench(row, n):
 def _recoded(tests, code):
     """Tests with all values coded, without entries that hold for one form or machine only."""
     return {k: code(v) if k in ("inputs", "example_inputs", "outputs") else v
-            for k, v in tests.items() if k not in ("packed", "seconds")}
+            for k, v in tests.items() if k not in ("packed", "seconds", "expected", "broken")}
 
 
 def packed(tests):

@@ -1,9 +1,6 @@
 """The program in a solution text (§3.1: code), prepared as the benchmarks' graders do."""
 import ast
-import builtins
 import contextlib
-import functools
-import importlib
 import re
 import warnings
 
@@ -171,37 +168,6 @@ def without_prose(code):
             pass
         break
     return code
-
-
-# ------------------------------------------------------------------ what contest graders lend
-
-# in LiveCodeBench's order: a later module's name hides an earlier one's
-STARS = ("string re datetime collections heapq bisect copy math random statistics itertools "
-         "functools operator io json typing").split()
-MODULES = [*STARS, "sys", "time", "fractions"]  # the last two are APPS's
-
-
-@functools.cache
-def contest_names():
-    """{name: the import that gives it}, as LiveCodeBench's and APPS's preludes do."""
-    found = {}
-    for module in STARS:
-        names = vars(importlib.import_module(module))
-        for name in names.get("__all__") or [n for n in names if not n.startswith("_")]:
-            found[name] = f"from {module} import {name}"
-    # they end with "from builtins import *": pow(a, b, mod) is not math's
-    found = {name: line for name, line in found.items() if name not in vars(builtins)}
-    return {**found, **{m: f"import {m}" for m in MODULES}, "np": "import numpy as np"}
-
-
-def contest_prelude(code):
-    """The imports and the recursion limit that contest graders lend, less what is not mentioned.
-
-    All of them would cost 30 ms in each process.
-    """
-    names = contest_names()
-    lines = [names[word] for word in dict.fromkeys(re.findall(r"\w+", code)) if word in names]
-    return "\n".join(["import sys", "sys.setrecursionlimit(50_000)", *lines, ""])
 
 
 def examples(question, entry):
