@@ -12,7 +12,10 @@ writes is the program's word: the caller trusts none of it.
 import atexit
 import builtins
 import contextlib
+import ctypes
 import functools
+import hashlib
+import importlib
 import json
 import marshal
 import math
@@ -25,8 +28,10 @@ import sys
 import threading
 import time
 import unittest
-from unittest import mock
 
+LONG = 1 << 17  # characters of an answer; what is longer is compared by its digest
+LIBC = ctypes.CDLL(None)
+LIMITS = [getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")]
 SHARED = (".", "/dev/shm")  # the folders that a program can write to
 # as a command: Python's own recursion fails in a thousand nested folders
 REMOVE = ["sh", "-c", 'chmod -R u+rwx "$0"; rm -rf "$0"']
@@ -61,6 +66,39 @@ def encode(value):
         return encode(value.tolist())
     text = re.sub(r" at 0x[0-9a-f]+", "", f"{type(value).__name__} {value!r}")
     return {"t": "object", "v": text[:1000]}
+
+
+def plain(code, digits=17):
+    """A text that equal values share, to so many digits; 1, 1.0 and True are one key of a dict.
+
+    Texts, since Python randomises their hashes: integers may be chosen to collide.
+    """
+    if isinstance(code, list):
+        return f"[{','.join(plain(v, digits) for v in code)}]"
+    if isinstance(code, dict):
+        items = code["v"] if isinstance(code["v"], list) else [code["v"]]
+        texts = [plain(v, digits) for v in items]
+        if "set" in code["t"] or code["t"] == "dict":
+            texts.sort()
+        return f"{code['t'].removeprefix('frozen')}({','.join(texts)})"
+    if isinstance(code, float):
+        code = int(code) if code.is_integer() else f"{code:.{digits}g}"
+        return str(code)
+    return str(int(code)) if isinstance(code, bool) else json.dumps(code)
+
+
+def answer(value):
+    """The JSON text of a value; of a long one (HumanEval/130: 7 MB) a digest that equal ones share.
+
+    "Long" is the plain text, so that 2.0 for 2 makes no digest of one and a text of the other.
+    """
+    code = encode(value)
+    text = json.dumps(code)
+    normal = plain(code, digits=6) if len(text) > LONG else ""
+    if len(normal) > LONG:
+        normal = hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
+        return json.dumps({"t": "digest", "v": normal})
+    return text
 
 
 def without_tuples(value):
@@ -102,10 +140,8 @@ def spawner(status, folder, mode):
 def dumpable(yes):
     """Who is not dumpable can be neither traced nor looked into, by processes of the same user."""
     if sys.platform == "linux":
-        import ctypes
-
         PR_SET_DUMPABLE = 4
-        ctypes.CDLL(None).prctl(PR_SET_DUMPABLE, int(yes), 0, 0, 0)
+        LIBC.prctl(PR_SET_DUMPABLE, int(yes), 0, 0, 0)
 
 
 def contest_names():
@@ -127,8 +163,7 @@ def world():
     files = [(os.stat(folder).st_mode, os.listdir(folder)) for folder in folders]
     shared = [f"/proc/sysvipc/{kind}" for kind in ("shm", "msg", "sem")]
     memory = [open(path).read() for path in shared if os.path.exists(path)]
-    names = [name for name in dir(resource) if name.startswith("RLIMIT_")]
-    limits = [resource.getrlimit(getattr(resource, name)) for name in names]
+    limits = [resource.getrlimit(number) for number in LIMITS]
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     return files, memory, limits, cores, os.getpriority(os.PRIO_PROCESS, 0)
 
@@ -262,10 +297,11 @@ def run_calls(request, results, mode, names):
                 start = time.process_time()
             value = function(*args)
             status, seconds = "ok", time.process_time() - start
-            value = encode(without_tuples(value) if request["contest"] else value)
+            text = answer(without_tuples(value) if request["contest"] else value)
         except BaseException as error:  # SystemExit too: a program that leaves has not answered
-            status, value, seconds = "exc", type(error).__name__, time.process_time() - start
-        line = f"{status} {seconds:.6f} {json.dumps(value)}\n".encode()
+            status, seconds = "exc", time.process_time() - start
+            text = json.dumps(type(error).__name__)
+        line = f"{status} {seconds:.6f} {text}\n".encode()
         while line:
             line = line[os.write(results, line):]
         if function is None:
@@ -316,7 +352,7 @@ def guard(mode):
 COMPARING = [f"__{name}__" for name in "eq ne lt le gt ge sub rsub abs bool contains hash "
              "getattribute instancecheck round float int complex array".split()]
 # methods of C, which no Python program can write
-NATIVE = (type(int.__eq__), type(dict.__contains__), type(None), mock.MagicProxy)
+NATIVE = (type(int.__eq__), type(dict.__contains__), type(None))
 
 
 class Referee:
@@ -328,7 +364,10 @@ class Referee:
     """
 
     def __init__(self, request):
-        self.request, self.modules = request, dict(sys.modules)
+        self.request, self.mock = request, None
+        if request["kind"] == "unittest" and "mock" in request["test"]:
+            self.mock = importlib.import_module("unittest.mock")  # 60 ms: only where it is needed
+        self.modules = dict(sys.modules)
         self.code = compile(request["test"], "<tests>", "exec", dont_inherit=True)
         watched = [builtins, os, math, unittest.TestCase, unittest.TestSuite, unittest.TestLoader]
         watched += [m for name, m in self.modules.items() if name.startswith("unittest")]
@@ -386,10 +425,9 @@ class Referee:
         if depth > 50 or kind in (int, float, str, bool, type(None)):
             return
         for owner in kind.__mro__[:-1]:
-            if not all(known(vars(owner).get(name), owner) for name in COMPARING):
+            if not all(self.known(vars(owner).get(name), owner) for name in COMPARING):
                 raise TypeError("a result that redefines what comparing means")
-        a_mock = self.request["kind"] == "assert" and kind.__module__ == "unittest.mock"
-        if a_mock or kind is type(mock.ANY):
+        if self.mock and kind is type(self.mock.ANY):
             raise TypeError("a result that equals everything")
         if isinstance(value, dict):
             value = [*value.keys(), *value.values()]
@@ -397,12 +435,15 @@ class Referee:
             for item in value:
                 self.honest(item, depth + 1)
 
-
-def known(method, owner):
-    """Not written by the program? By the file it was compiled from: a class may lie about this."""
-    file = getattr(getattr(method, "__code__", None), "co_filename", "<")
-    dataclass = file == "<string>" and "__dataclass_fields__" in vars(owner)
-    return type(method) in NATIVE or dataclass or not file.startswith("<")
+    def known(self, method, owner):
+        """Not written by the program? By the file it was compiled from: a class may lie on this."""
+        file = getattr(getattr(method, "__code__", None), "co_filename", "<")
+        if file == "<string>" and "__dataclass_fields__" in vars(owner):
+            return True
+        if self.mock is None and file.endswith("mock.py"):
+            return False  # ANY equals everything
+        proxy = self.mock and type(method) is self.mock.MagicProxy
+        return proxy or type(method) in NATIVE or not file.startswith("<")
 
 
 def names_in(code):

@@ -39,7 +39,7 @@ import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 
-from common.outputs import decode, encode, plain, right, same, same_text  # noqa: F401 (for callers)
+from common.outputs import answer, decode, encode, plain, right, same, same_text  # noqa: F401 (for callers)
 from common.programs import examples, extract_code, parsed  # noqa: F401
 from common.sandbox import close, execute  # noqa: F401
 
@@ -175,7 +175,7 @@ def judge_many(jobs, workers=None, progress=False):
     calls = {id(t): t for t, _ in jobs if t and t["kind"] == "call" and "expected" not in t}
     for tests in calls.values():
         if "outputs" in tests:
-            tests["expected"] = [json.dumps(encode(value)) for value in tests["outputs"]]
+            tests["expected"] = [answer(value) for value in tests["outputs"]]
     lacking = [(tests,) for tests in calls.values() if "outputs" not in tests]
     parallel(run_reference, lacking, workers, progress)
     judged = iter(parallel(judge, [job for job in jobs if job[0]], workers, progress))

@@ -9,7 +9,7 @@ import math
 import re
 from decimal import Decimal
 
-from common.inside import encode  # noqa: F401 (for callers)
+from common.inside import answer, encode, plain  # noqa: F401 (for callers)
 
 DECODE = {
     "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes.fromhex,
@@ -49,25 +49,6 @@ def same(out, expected, atol=1e-6):
         a, b = [{plain(key): value for key, value in side} for side in (a, b)]
         return a.keys() == b.keys() and all(same(a[key], value, atol) for key, value in b.items())
     return same(a, b, atol)
-
-
-def plain(code, digits=17):
-    """A text that equal values share, to so many digits; 1, 1.0 and True are one key of a dict.
-
-    Texts, since Python randomises their hashes: integers may be chosen to collide.
-    """
-    if isinstance(code, list):
-        return f"[{','.join(plain(v, digits) for v in code)}]"
-    if isinstance(code, dict):
-        items = code["v"] if isinstance(code["v"], list) else [code["v"]]
-        texts = [plain(v, digits) for v in items]
-        if "set" in code["t"] or code["t"] == "dict":
-            texts.sort()
-        return f"{code['t'].removeprefix('frozen')}({','.join(texts)})"
-    if isinstance(code, float):
-        code = int(code) if code.is_integer() else f"{code:.{digits}g}"
-        return str(code)
-    return str(int(code)) if isinstance(code, bool) else json.dumps(code)
 
 
 NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")

@@ -247,10 +247,11 @@ def cpu_seconds(pid):
     for parent in todo:
         with contextlib.suppress(OSError, ValueError):  # it has ended meanwhile; no /proc on macOS
             for thread in os.listdir(f"/proc/{parent}/task"):
-                children = Path(f"/proc/{parent}/task/{thread}/children").read_text()
-                todo += map(int, children.split())
+                with open(f"/proc/{parent}/task/{thread}/children") as children:
+                    todo += map(int, children.read().split())
+            with open(f"/proc/{parent}/stat") as stat:
+                fields = stat.read().rpartition(")")[2].split()
             # user, system, and both of children that were waited for
-            fields = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()
             total += sum(map(int, fields[11:15]))
     return total / os.sysconf("SC_CLK_TCK")
 
