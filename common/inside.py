@@ -69,22 +69,21 @@ def encode(value):
 
 
 def plain(code, digits=17):
-    """A text that equal values share, to so many digits; 1, 1.0 and True are one key of a dict.
-
-    Texts, since Python randomises their hashes: integers may be chosen to collide.
-    """
-    if isinstance(code, list):
-        return f"[{','.join(plain(v, digits) for v in code)}]"
-    if isinstance(code, dict):
-        items = code["v"] if isinstance(code["v"], list) else [code["v"]]
-        texts = [plain(v, digits) for v in items]
-        if "set" in code["t"] or code["t"] == "dict":
-            texts.sort()
-        return f"{code['t'].removeprefix('frozen')}({','.join(texts)})"
-    if isinstance(code, float):
-        code = int(code) if code.is_integer() else f"{code:.{digits}g}"
-        return str(code)
-    return str(int(code)) if isinstance(code, bool) else json.dumps(code)
+    """A text that equal values share, to so many digits: 1, 1.0 and True are one key of a dict."""
+    kind = type(code)
+    if kind is float:
+        return str(int(code)) if code.is_integer() else f"{code:.{digits}g}"
+    if kind is int or kind is bool:
+        return str(int(code))
+    if kind is list:
+        return "[" + ",".join([plain(v, digits) for v in code]) + "]"
+    if kind is not dict:
+        return json.dumps(code)
+    items = code["v"] if isinstance(code["v"], list) else [code["v"]]
+    texts = [plain(v, digits) for v in items]
+    if "set" in code["t"] or code["t"] == "dict":
+        texts.sort()
+    return f"{code['t'].removeprefix('frozen')}({','.join(texts)})"
 
 
 def answer(value):
@@ -92,9 +91,11 @@ def answer(value):
 
     "Long" is the plain text, so that 2.0 for 2 makes no digest of one and a text of the other.
     """
-    code = encode(value)
-    text = json.dumps(code)
-    normal = plain(code, digits=6) if len(text) > LONG else ""
+    code, text, normal = encode(value), "", ""
+    if not isinstance(code, list) or len(code) < LONG:  # else it is long for certain
+        text = json.dumps(code)
+    if not 0 < len(text) <= LONG:
+        normal = plain(code, digits=6)
     if len(normal) > LONG:
         normal = hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
         return json.dumps({"t": "digest", "v": normal})
@@ -128,7 +129,7 @@ def spawner(status, folder, mode):
             os.close(status)
             child(mode, names)
         ended = wait_for_child(pid)
-        left = kill_all(pid, mode)
+        left = kill_all(pid, mode, (0, 0.02, 0.1) if ended else ())
         if not ended:
             break
         again = world() == world_before
@@ -187,25 +188,28 @@ def wait_for_child(pid):
     return None if gone else (os.waitstatus_to_exitcode(status), seconds)
 
 
-def kill_all(pid, mode):
-    """Kill and reap what a program has started. -> did it detach a process from itself?"""
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    reap(-pid)
-    if mode == "guard":
+def kill_all(pid, mode, pauses):
+    """Kill and reap what a program has started. -> has it left anything running?"""
+    if mode == "guard":  # it could start nothing
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(pid, signal.SIGKILL)
         return False
     try:
-        os.kill(-1, signal.SIGKILL)  # everybody of this namespace, or of this user id
+        for pause in pauses:  # what is on its way out may end by itself
+            time.sleep(pause)
+            reap(os.WNOHANG)
+            os.kill(-1, 0)  # is there anybody of this namespace, or of this user id?
+        os.kill(-1, signal.SIGKILL)
     except ProcessLookupError:
         return False
-    reap(-1)
-    return mode == "namespaces"  # elsewhere orphans are not ours, and may just be dying
+    reap(0)
+    return True
 
 
-def reap(group):
+def reap(flag):
     with contextlib.suppress(ChildProcessError):
-        while True:
-            os.waitpid(group, 0)
+        while os.waitpid(-1, flag)[0]:
+            pass
 
 
 # ------------------------------------------------------------ one program
@@ -228,7 +232,9 @@ def child(mode, names):
             run_script(request, results, mode, names)
         else:
             run_calls(request, results, mode, names)
-        os._exit(0)  # a daemon thread, or an exit function, has no say
+        if "multiprocessing" in sys.modules:
+            atexit._run_exitfuncs()  # they end its pools
+        os._exit(0)  # threads have no say
     except MemoryError:
         os._exit(77)
     finally:
@@ -296,8 +302,8 @@ def run_calls(request, results, mode, names):
                     function = referee.runner(function, space)
                 start = time.process_time()
             value = function(*args)
-            status, seconds = "ok", time.process_time() - start
             text = answer(without_tuples(value) if request["contest"] else value)
+            status, seconds = "ok", time.process_time() - start
         except BaseException as error:  # SystemExit too: a program that leaves has not answered
             status, seconds = "exc", time.process_time() - start
             text = json.dumps(type(error).__name__)

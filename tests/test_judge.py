@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from common import judge, programs, sandbox
+from common import judge, sandbox
 from common.judge import decode, encode
 from common.tasks import Problem, judge_many, vote_keys
 
@@ -42,9 +42,9 @@ def test_values_cross_the_pipe(value):
 @pytest.mark.parametrize("out, expected, want", [
     (0.1 + 0.2, 0.3, True), (0.31, 0.3, False), ([1, 2], (1, 2), False), ({"a": 1.0}, {"a": 1.0 + 1e-9}, True),
     (float("nan"), float("nan"), True), (True, 1.0, True), (3, 3.0, True), ("1", 1, False),
-    ([[1.0]], [[1.0, 2.0]], False), (("digest",), 2, False), (10**400, 2.5, False)])
+    ([[1.0]], [[1.0, 2.0]], False), (10**400, 2.5, False)])
 def test_same(out, expected, want):
-    assert judge.same(out, expected) is want
+    assert judge.same(encode(out), encode(expected)) is want
 
 
 @pytest.mark.parametrize("out, expected, want", [
@@ -108,8 +108,8 @@ HOSTILE = {
 
 
 def running():
-    """The processes that have the judge's boot line in their command line: interpreters and their forks."""
-    found, boot = [], b"marshal.load(sys.stdin.buffer)"
+    """The processes that have inside.py in their command line: spawners and their forks."""
+    found, boot = [], b"spawner(int(sys.argv[1])"
     for p in filter(str.isdigit, os.listdir("/proc")):
         try:
             if boot in Path(f"/proc/{p}/cmdline").read_bytes():
@@ -151,9 +151,9 @@ def verdict(code, kind="call", **tests):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_program(name, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(judge, "TOTAL", 1.0)
+    monkeypatch.setattr(judge, "TOTAL", 0.3)
     monkeypatch.setenv("SECRET", "42")
-    if name in ("opens a socket", "writes elsewhere") and not sandbox.sandbox().namespaces:
+    if name in ("opens a socket", "writes elsewhere") and sandbox.sandbox()[1] != "namespaces":
         pytest.skip("no namespaces: the warning and the docstring say so")
     tmp_path.chmod(0o777)
     problem, good = kind_of(kind)
@@ -164,7 +164,7 @@ def test_hostile_program(name, kind, tmp_path, monkeypatch):
         (got,) = judge_many([(problem, code)])
     assert not got.ok
     assert re.search(why, got.why), got
-    assert children_of(os.getpid()) == []
+    assert len(children_of(os.getpid())) <= 2 * len(sandbox.IDLE)  # a spawner, and unshare before it
     assert not (tmp_path / "was_here").exists()
 
 
@@ -230,7 +230,7 @@ def test_integers_that_collide_in_their_hash_take_linear_time(expected):
     kind = type(expected).__name__
     items = [[v, 1] for v in colliding] if kind == "dict" else colliding
     start = time.monotonic()
-    assert not judge.right({"kind": "call", "outputs": [expected]}, 0, json.dumps({"t": kind, "v": items}))
+    assert not judge.right(json.dumps({"t": kind, "v": items}), judge.answer(expected), [])
     assert time.monotonic() - start < 20
 
 
@@ -344,7 +344,7 @@ BURN = {
 @pytest.mark.parametrize("kind", ["call", "stdin"])
 @pytest.mark.parametrize("name", BURN)
 def test_cpu_time_is_limited_whatever_the_program_does(name, kind, monkeypatch):
-    monkeypatch.setattr(judge, "TOTAL", 1.0)
+    monkeypatch.setattr(judge, "TOTAL", 0.3)
     problem, good = kind_of(kind)
     assert judge_many([(problem, BURN[name] + "\n" + good)])[0].why == "timeout"
 
@@ -356,7 +356,7 @@ def test_cpu_time_is_limited_whatever_the_program_does(name, kind, monkeypatch):
 def isolated():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if not sandbox.sandbox().namespaces:
+        if sandbox.sandbox()[1] != "namespaces":
             pytest.skip("no namespaces here")
 
 
@@ -454,7 +454,7 @@ def test_without_namespaces(rights):
         sys.path[:0] = sys.argv[1:3]
         import test_judge as t
         from common import judge, sandbox
-        sandbox.bubblewrap = sandbox.unshare = lambda: ["false"]
+        sandbox.bubblewrap = sandbox.unshare = lambda uid: ["false"]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             problem, good = t.kind_of("call")
@@ -462,7 +462,7 @@ def test_without_namespaces(rights):
         assert first.why == "ok", first
         assert len(caught) == 1, [str(w.message) for w in caught]
         assert "namespaces" in str(caught[0].message), caught
-        judge.TOTAL = 1.0
+        judge.TOTAL = 0.3
         names = ["fork bomb", "kill the judge", "leaves a daemon", "reads the environment", "opens a socket",
                  "writes elsewhere"]
         for name in names:
@@ -483,7 +483,7 @@ def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
         import os, socket, subprocess, sys
         sys.path.insert(0, sys.argv[1])
         from common import inside
-        inside.guard({"namespaces": False, "own user": False})
+        inside.guard("guard")
         open("inside", "w").write("x")
         os.rename("inside", "renamed")
         open("renamed").read()
@@ -501,7 +501,7 @@ def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
 
 # ---------------------------------------------------------------------------- as the benchmarks' own graders
 
-CONTEST = {"prelude": "contest", "json": True}
+CONTEST = {"contest": True}
 ASKS = '\nif __name__ == "__main__":\n    print(f(int(input())))\n'
 GRADED = {  # name: (program, kind, tests, verdict)
     "a name of the prelude": ("pass", "call", {**CONTEST, "entry": "factorial"}, "exception: KeyError"),
@@ -603,10 +603,6 @@ def test_extraction_is_linear(text, meta):
     assert time.monotonic() - start < 5
 
 
-def test_the_prelude_names_only_what_is_mentioned():
-    assert programs.contest_prelude("x = gcd(1, 2)").split("\n")[2:] == ["from math import gcd", ""]
-
-
 def test_many_ways_of_being_right_and_wrong():
     call, stdin = Problem("c", "q", "code", tests=KINDS["call"]), Problem("s", "q", "code", tests=KINDS["stdin"])
     several = [(call, GOOD), (call, f"Text.\n```python\n{GOOD}```\nmore"), (call, "```\nno\n```\n```py\n" + GOOD),
@@ -638,7 +634,7 @@ def test_special_oracles_and_tolerance():
 def test_duplicates_are_judged_once(monkeypatch):
     sandbox.sandbox()
     runs, execute = [], judge.execute
-    monkeypatch.setattr(judge, "execute", lambda *args: runs.append(1) or execute(*args))
+    monkeypatch.setattr(judge, "execute", lambda request: runs.append(1) or execute(request))
     problem = Problem("d", "q", "code", tests=KINDS["call"])
     verdicts = judge_many([(problem, GOOD)] * 5 + [(problem, f"```\n{GOOD}```")] * 5)
     assert all(v.ok for v in verdicts)
@@ -649,7 +645,7 @@ def test_close_kills_what_runs():
     tests = {**KINDS["call"], "time_limit": 60.0}
     thread = threading.Thread(target=judge.judge_many, args=([(tests, "import time\ntime.sleep(1000)")],))
     thread.start()
-    while not sandbox.LIVE:
+    while len(sandbox.LIVE) == len(sandbox.IDLE):
         time.sleep(0.05)
     time.sleep(0.5)
     judge.close()
