@@ -67,7 +67,7 @@ def python_folders():
 
 
 def bubblewrap(uid):
-    command = [shutil.which("bwrap") or "bwrap", "--as-pid-1", "--unshare-pid", "--unshare-net",
+    command = ["bwrap", "--as-pid-1", "--unshare-pid", "--unshare-net",
                "--unshare-ipc", "--unshare-uts", "--proc", "/proc", "--dev", "/dev"]
     for folder in ("/tmp", "/dev/shm"):
         command += ["--size", str(FILES), "--perms", "1777", "--tmpfs", folder]
@@ -147,27 +147,30 @@ class Spawner:
     def __init__(self, prefix, mode):
         self.mode, self.folder = mode, "/tmp"
         uid = 30000 + next(USERS) % 30000
+        command = [*prefix(uid), sys.executable]
+        if not shutil.which(command[0]):
+            raise OSError(f"no {command[0]}")
         if mode != "namespaces":
             self.folder = tempfile.mkdtemp(prefix="judge-")
         if mode == "user":
-            os.chown(self.folder, uid, uid)
+            with contextlib.suppress(PermissionError):  # then the trial will fail
+                os.chown(self.folder, uid, uid)
         source = Path(__file__).with_name("inside.py").read_text()
         source += "\nspawner(int(sys.argv[1]), *sys.argv[2:])"
         status, write = os.pipe()
-        self.errors = tempfile.TemporaryFile()
-        self.process = subprocess.Popen(
-            [*prefix(uid), sys.executable, "-s", "-c", source, str(write), self.folder, mode],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, env=ENVIRONMENT,
-            cwd="/", start_new_session=True, bufsize=0, pass_fds=[write])
-        os.close(write)
-        self.status = os.fdopen(status, "rb", buffering=0)
-        LIVE.add(self)
-        hello = self.status.readline()
-        if hello != b"ready\n":
-            self.stop()
-            self.errors.seek(0)
-            lines = self.errors.read(10_000).decode("utf-8", "replace").splitlines()
-            raise OSError(lines[-1] if lines else "it does not start")
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(
+                [*command, "-s", "-c", source, str(write), self.folder, mode], cwd="/",
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=ENVIRONMENT,
+                start_new_session=True, bufsize=0, pass_fds=[write])
+            os.close(write)
+            self.status = os.fdopen(status, "rb", buffering=0)
+            LIVE.add(self)
+            if self.status.readline() != b"ready\n":
+                self.stop()
+                errors.seek(0)
+                lines = errors.read(10_000).decode("utf-8", "replace").splitlines()
+                raise OSError(lines[-1] if lines else "it does not start")
 
     def run(self, request):
         """-> (bytes that a program wrote, how it ended, CPU seconds, may it go on?)"""
