@@ -36,6 +36,7 @@ def timed(function):
     """-> (result, wall s, CPU s). Workers are stopped inside, for only ended processes are counted."""
     wall, cpu = clock()
     result = function()
+    judge.close()
     answers.close()
     after = clock()
     return result, after[0] - wall, after[1] - cpu

@@ -261,11 +261,28 @@ def unpacked(tests):
     return _recoded(tests, judge.decode) if tests and tests.get("packed") else tests
 
 
+def check_tests(tests):
+    """ValueError now rather than a traceback of the judge, after all the search has been done."""
+    kind, inputs = tests.get("kind"), tests.get("inputs", [])
+    if kind not in ("call", "stdin", "assert", "unittest"):
+        raise ValueError(f"tests of kind {kind!r}")
+    if not isinstance(tests.get("time_limit") or 0.0, (int, float)):
+        raise ValueError(f"time_limit: {tests['time_limit']!r} is no number of seconds")
+    if kind in ("assert", "unittest"):
+        return
+    form = str if kind == "stdin" else (list, tuple)
+    if not inputs or not all(isinstance(args, form) for args in inputs):
+        what = "a text" if kind == "stdin" else "a list of arguments"
+        raise ValueError(f"tests of kind {kind}: inputs must be a list, each {what}")
+    if len(tests.get("outputs", [] if kind == "stdin" else inputs)) != len(inputs):
+        raise ValueError(f"{len(inputs)} inputs need as many outputs")
+
+
 def own_row(row, n):
     """This project's own form: {"id", "question", "answer"} or {"id", "question", "tests"}."""
     tests, answer = unpacked(row.get("tests")), row.get("answer")
-    if tests and tests.get("kind") not in ("call", "stdin", "assert", "unittest"):
-        raise ValueError(f"tests of kind {tests.get('kind')!r}")
+    if tests:
+        check_tests(tests)
     answer = None if answer is None else str(answer)
     return Problem(str(row["id"]), row["question"], "code" if tests else "math", answer, tests,
                    row.get("meta") or {})

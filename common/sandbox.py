@@ -155,7 +155,8 @@ class Spawner:
         if mode == "user":
             with contextlib.suppress(PermissionError):  # then the trial will fail
                 os.chown(self.folder, uid, uid)
-        source = Path(__file__).with_name("inside.py").read_text()
+        files = [Path(__file__).with_name(name) for name in ("inside.py", "referee.py")]
+        source = "\n".join(file.read_text() for file in files)
         source += "\nspawner(int(sys.argv[1]), *sys.argv[2:])"
         status, write = os.pipe()
         with tempfile.TemporaryFile() as errors:

@@ -6,9 +6,9 @@ import pytest
 from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
-FLOORS = ["run", "data", "inside", "programs", "outputs", "sandbox", "judge", "answers", "loaders", "tasks", "node", "cache", "models", "policy", "published",
-          "examples", "server", "metrics", "results", "driver", "responses", "samples", "solutions",
-          "checkpoint"]
+FLOORS = ["run", "data", "inside", "referee", "programs", "outputs", "sandbox", "judge", "answers", "loaders", "tasks",
+          "node", "cache", "models", "policy", "published", "examples", "server", "metrics", "results", "driver",
+          "responses", "samples", "solutions", "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
 FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.figures", "tiny.make"]
