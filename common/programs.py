@@ -98,33 +98,20 @@ def sanitized(code, entry, helpers="", strict=True):
     without a syntax tree loses its prose before and after, or stays as it is. Helpers go behind
     imports from __future__, which must come first.
     """
-    tree = parsed(code)
-    if tree is None:
-        code = without_prose(code)
-        tree = parsed(code)
+    tree = parsed(code) or parsed(without_prose(code))
     if tree is None:
         return helpers + code
     future = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
-    if not strict:
-        cut = max([n.end_lineno for n in future], default=0)
-        lines = code.splitlines(keepends=True)
-        return "".join(lines[:cut]) + helpers + "".join(lines[cut:])
-    needed = reachable(tree, entry)
-    keep = [n for n in tree.body if n not in future and (
-        isinstance(n, (ast.Import, ast.ImportFrom)) or names_of(n) & needed)]
-    if not any(entry in names_of(n) for n in keep):
-        return helpers + code
-    lines = code.split("\n")
-    parts = [*(source(lines, n) for n in future), helpers.rstrip("\n"),
-             *(source(lines, n) for n in keep)]
-    return "\n".join(part for part in parts if part)
-
-
-def source(lines, node):
-    start = min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", ()))])
-    if start == node.end_lineno:  # "import os; x = 1" has two nodes in a line
-        return lines[start - 1].encode()[node.col_offset:node.end_col_offset].decode()
-    return "\n".join(lines[start - 1:node.end_lineno])
+    body = [n for n in tree.body if n not in future]
+    if strict:
+        needed = reachable(tree, entry)
+        body = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))
+                or names_of(n) & needed]
+    if any(entry in names_of(n) for n in body):
+        with contextlib.suppress(RecursionError):  # an expression that is nested very deeply
+            texts = ["\n".join(map(ast.unparse, nodes)) for nodes in (future, body)]
+            return "\n".join([texts[0], helpers.rstrip("\n"), texts[1]]).lstrip("\n")
+    return helpers + code
 
 
 def names_of(node):
@@ -161,12 +148,11 @@ def without_prose(code):
     for _ in range(20):  # each round cuts at one error: prose has few lines that parse
         try:
             ast.parse(code)
+            break
         except SyntaxError as error:
             code = "\n".join(code.split("\n")[:(error.lineno or 1) - 1])
-            continue
         except (ValueError, RecursionError, MemoryError):
-            pass
-        break
+            break
     return code
 
 

@@ -18,6 +18,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -99,7 +100,7 @@ def unshare(uid):
         ": > dev/null; : > dev/zero; : > dev/urandom; : > dev/random",
         f"cp -dR {etc} etc; cp -dR /dev/fd /dev/std* dev; cp -dR {' '.join(links)} .",
         "echo '" + "\n".join(table) + "' > etc/fstab; mount -n -a -T etc/fstab || exit 97",
-        f'mount -n -o remount,ro,nosuid {ROOT}; exec chroot {ROOT} "$@"',
+        f'mount -n -o remount,bind,ro,nosuid {ROOT}; exec chroot {ROOT} "$@"',
     ])
     spaces = ["--mount", "--pid", "--fork", "--ipc", "--net", "--uts"]
     user = ["--user", "--map-root-user"] if os.getuid() else []
@@ -137,7 +138,7 @@ def sandbox():
 
 # ------------------------------------------------------------ spawners
 
-IDLE, LIVE = [], set()  # they live on between calls
+IDLE, LIVE, LOCK = [], set(), threading.Lock()  # they live on between calls
 os.register_at_fork(after_in_child=lambda: (IDLE.clear(), LIVE.clear()))  # they are the parent's
 
 
@@ -150,6 +151,7 @@ class Spawner:
         command = [*prefix(uid), sys.executable]
         if not shutil.which(command[0]):
             raise OSError(f"no {command[0]}")
+        command[0] = shutil.which(command[0])  # its PATH is not ours
         if mode != "namespaces":
             self.folder = tempfile.mkdtemp(prefix="judge-")
         if mode == "user":
@@ -262,7 +264,8 @@ def cpu_seconds(pid):
 
 def execute(request):
     """Run a program. -> (bytes that it wrote, how it ended, CPU seconds)"""
-    prefix, mode = sandbox()
+    with LOCK:  # one trial, one warning
+        prefix, mode = sandbox()
     try:
         spawner = IDLE.pop()
     except IndexError:

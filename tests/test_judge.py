@@ -674,6 +674,6 @@ def test_examples_and_completion():
     meta = {"prompt": "import os\ndef f(x):\n", "helpers": "import os\n"}
     problem = Problem("p", "q", "code", tests={"entry": "f"}, meta=meta)
     assert judge.extract_code("    return x", problem) == "import os\ndef f(x):\n    return x"
-    assert judge.extract_code("```python\ndef f(x): pass\n```", problem) == "import os\ndef f(x): pass"
+    assert judge.extract_code("```python\ndef f(x): pass\n```", problem) == "import os\ndef f(x):\n    pass"
     twice = "```python\ndef f(x): return 1\n```\nfor example\n```python\nprint(f(2))\n```"
-    assert judge.extract_code(twice, problem) == "import os\ndef f(x): return 1"  # what defines it, not what calls it
+    assert judge.extract_code(twice, problem) == "import os\ndef f(x):\n    return 1"  # what defines it, not what calls it
