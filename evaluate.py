@@ -15,7 +15,6 @@ settings beside it (.flags). Rows of other settings are refused; --overwrite mak
 "beam", "mcts": {domain: ...}, "cost": {strategy: ...}}, or {"settings", "first_error"}.
 """
 import hashlib
-import itertools
 import json
 import math
 import random
@@ -31,7 +30,7 @@ from common.metrics import auc_pairs, interval, paired
 from common.policy import add_policy_flags
 from common.run import TINY, add_run_flags, check_run_flags, command_line, gather, journaled
 from common.samples import Bench, has_scores, read_first_errors, read_samples
-from prm_model import AGGREGATIONS, aggregate, load_prm
+from prm_model import AGGREGATIONS, load_prm
 
 # ------------------------------------------------ metrics at N, of one problem with M samples
 
@@ -43,7 +42,7 @@ def prm_at(row, n, how="prod"):
 
         prm@N = sum_r y_r C(M-1-r, N-1) / C(M, N),     y_r = 1 if the sample of rank r is right
     """
-    reward, M = rewards(row, how), len(row["samples"])
+    reward, M = search.rewards(row["samples"], how), len(row["samples"])
     order = sorted(range(M), key=lambda i: -reward[i])  # stable: ties go to the first
     y = [row["samples"][i]["correct"] for i in order]
     # C(m, N-1) is 0 for m < N - 1: a sample that low is never the best of N
@@ -70,7 +69,7 @@ def maj_at(row, n, how=None, rounds=64):
     """
     M, y = len(row["samples"]), [s["correct"] for s in row["samples"]]
     answers = [s["answer"] for s in row["samples"]]
-    weights = [max(0.0, r) for r in rewards(row, how)] if how else [1.0] * M
+    weights = [max(0.0, r) for r in search.rewards(row["samples"], how)] if how else [1.0] * M
 
     def right(subset):  # in sampling order: ties go to the first
         chosen = search.mode([answers[i] for i in subset], [weights[i] for i in subset])
@@ -81,20 +80,6 @@ def maj_at(row, n, how=None, rounds=64):
         return statistics.fmean(y)
     rng = random.Random(f"{row['id']} {n}")
     return statistics.fmean(right(sorted(rng.sample(range(M), n))) for _ in range(rounds))
-
-
-def rewards(row, how):
-    """R_i of each sample; one that was cut off has no answer and ranks below all others."""
-    return [-1.0 if s.get("end") == "length" else aggregate(s["scores"], how)
-            for s in row["samples"]]
-
-
-def at_budget(row, tokens, how="prod"):
-    """Best-of-N with as many samples as fit into `tokens` (one at least): search's rival."""
-    spent = itertools.accumulate(s["tokens"] for s in row["samples"])
-    n = max(1, sum(total <= tokens for total in spent))
-    reward = rewards(row, how)[:n]
-    return float(row["samples"][reward.index(max(reward))]["correct"])
 
 
 def metric(name):
@@ -210,6 +195,12 @@ def difference(mean, se, z):
     return f"{mean:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors"
 
 
+def right_within(tokens, rows, rule, how):
+    """Is the solution right that a rule chooses within so many tokens? One a problem."""
+    return [search.right(row, search.choose(row, rule, how, limit))
+            for row, limit in zip(rows, tokens)]
+
+
 def run_searches(bench, args, pool):
     """Beam search and MCTS beside best-of-N at the same tokens, and what each costs a problem."""
     out, searches, prm = {}, {"best_of_n": pool}, args.prm[0]
@@ -218,13 +209,15 @@ def run_searches(bench, args, pool):
         # problem by problem: best-of-N gets as many samples as this search's tokens buy
         rivals = search.by_domain(bench.same_tokens(pool, args.policy, prm, searches[strategy]))
         out[strategy] = {}
+        rule = args.choose or search.RULES[strategy]
         for domain, rows in search.by_domain(searches[strategy]).items() if bench.rank == 0 else ():
-            right = [search.right(r, r["picked"]) for r in rows]
-            same = [at_budget(rival, row["cost"]["policy_generated"], args.aggregate)
-                    for rival, row in zip(rivals[domain], rows)]
+            tokens = [row["cost"]["policy_generated"] for row in rows]
+            right = right_within(tokens, rows, rule, args.aggregate)
+            plain = "argmax" if rule == "visited" else rule  # samples have no visits
+            same = right_within(tokens, rivals[domain], plain, args.aggregate)
             (v, low, high), (d, se, z) = interval(right), paired(right, same)
-            print(f"\n{domain}, {strategy}: {v:.3f} [{low:.2f}, {high:.2f}]; above best-of-N at "
-                  f"the same tokens: {difference(d, se, z)}")
+            print(f"\n{domain}, {strategy} ({rule}): {v:.3f} [{low:.2f}, {high:.2f}]; above "
+                  f"best-of-N ({plain}) at the same tokens: {difference(d, se, z)}")
             out[strategy][domain] = {"value": v, "low": low, "high": high, "above_best_of_n": d,
                                      "se": se, "z": z}
     for name, rows in searches.items() if bench.rank == 0 else ():

@@ -28,7 +28,7 @@ from itertools import chain
 
 from tqdm import tqdm
 
-from common import run, tasks
+from common import router, run, tasks
 from common.driver import Request, Search, run_together
 from common.policy import add_policy_flags, load_policy_flags
 from common.results import by_domain, compare, report, right, sample_rows, show  # noqa: F401
@@ -46,14 +46,20 @@ def mode(answers, weights=None):  # README, step 6
     """B.4.4: index of the first solution with the most frequent answer, Mode({A_1, ..., A_N}).
 
     weights: the R_i make it the PRM-weighted vote, arg max over answers of their solutions' sum
-    of R_i (Snell et al. 2024, arXiv 2408.03314). None, no answer, is no vote.
+    of R_i (Snell et al. 2024, arXiv 2408.03314), and of that answer's solutions the best one wins.
+    None, no answer, is no vote.
     """
     votes = Counter()
     for i, answer in enumerate(answers):
         if answer is not None:
             # a solution that was cut off has the reward -1: it may not take weight from others
             votes[answer] += max(0.0, weights[i]) if weights else 1.0
-    return answers.index(max(votes, key=votes.get)) if votes else 0
+    if not votes:
+        return 0
+    winner = max(votes, key=votes.get)
+    # programs that agree on the example inputs still differ elsewhere: not just any of them
+    equals = [i for i, answer in enumerate(answers) if answer == winner]
+    return max(equals, key=weights.__getitem__) if weights else equals[0]
 
 
 def best_of_n(root, n, **_):
@@ -91,9 +97,8 @@ def uct_select(s, children, N, Q, c):  # README, step 6
     return max(children, key=uct)
 
 
-def mcts(root, m, simulations, c, reward, **_):  # README, step 6
-    """B.4.3: Monte Carlo tree search. Returns the visits N and each expanded node's children."""
-    N = Counter()
+def mcts(root, m, simulations, c, reward, N, **_):  # README, step 6
+    """B.4.3: Monte Carlo tree search. N, an empty Counter, is left with the visits."""
     Q = defaultdict(float)
     children = {}
     for _ in range(simulations):
@@ -104,7 +109,6 @@ def mcts(root, m, simulations, c, reward, **_):  # README, step 6
             [children[path[-1]]] = yield Request([path[-1]], m)
             path.append(children[path[-1]][0])  # none has been visited: take the first
         yield from simulate_and_back_up(path, N, Q, reward)
-    return N, children
 
 
 def simulate_and_back_up(path, N, Q, reward):
@@ -125,6 +129,7 @@ TEXTBOOK = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majo
 # ------------------------------------------------------------ our additions (docs/results.md)
 
 PRUNE = 0.2  # Appendix D.3 names no threshold; this one is ours
+ROUND = 4    # samples that --until draws at once
 
 
 def merge(steps):
@@ -140,24 +145,8 @@ def prune(nodes, threshold):
     return [node for node in nodes if node.p >= threshold] or nodes
 
 
-def unsure(steps):
-    """Appendix D.2 asks for more breadth where scores are low, or PRMs disagree on the best step.
-    The paper names no thresholds; 0.8 and 0.2 are ours, and not tuned."""
-    best = max(steps, key=lambda step: step.p)
-    return best.p < 0.8 or max(best.scores) - min(best.scores) > 0.2
-
-
-def adaptive_breadth(live, breadth):
-    """Appendix D.2: half of the samples first; where those leave us unsure, as many as planned."""
-    groups = yield Request(live, max(1, breadth // 2))
-    hard = [node for node, steps in zip(live, groups) if unsure(steps)]
-    second = (yield Request(hard, breadth)) if hard else []
-    additional = dict(zip(hard, second))
-    return [steps + additional.get(node, []) for node, steps in zip(live, groups)]
-
-
-def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
-    """Beam search with merged equal steps, shared breadth, pruning and, if asked, adaptive breadth.
+def beam_extended(root, k, m, path_score, threshold=PRUNE, **_):
+    """Beam search with merged equal steps, shared breadth and pruning.
 
     Merging leaves fewer than K paths; these share the samples, so that each step still draws as
     many as K paths would. The first step does, too: K * M from the prompt.
@@ -166,24 +155,20 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, adaptive=False, **_):
     while live := [node for node in paths if node.end is None]:
         finished = [node for node in paths if node.end]
         breadth = m * (k - len(finished)) // len(live)  # a finished path needs no samples
-        if adaptive:
-            groups = yield from adaptive_breadth(live, breadth)
-        else:
-            groups = yield Request(live, breadth)
+        groups = yield Request(live, breadth)
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
         for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
-def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
+def mcts_extended(root, m, simulations, c, reward, N, threshold=PRUNE, **_):
     """MCTS with merged equal steps, pruning, late expansion and progressive widening.
 
     An LLM's actions cannot be listed, and M first samples may all be wrong: a node draws M more at
     each square number of visits (Coulom 2007, https://inria.hal.science/inria-00149266). A leaf is
     rolled out on its first visit and expanded on its second: most leaves are visited once.
     """
-    N = Counter()
     Q = defaultdict(float)
     children = {}
     drawn = Counter()
@@ -200,22 +185,25 @@ def mcts_extended(root, m, simulations, c, reward, threshold=PRUNE, **_):
                 node.forget()
             path.append(uct_select(leaf, children[leaf], N, Q, c))
         yield from simulate_and_back_up(path, N, Q, reward)
-    return N, children
 
 
-def samples_within(root, left, n=math.inf, **_):
-    """Best-of-N under a budget of tokens: rounds of as many samples as the longest one so far lets
-    fit into left() tokens; the first round is one sample."""
-    drawn = 0
-    longest = 0
+def samples_in_rounds(root, left, n, until, **_):
+    """Best-of-N in rounds, under a budget of tokens or --until one of the samples is good enough.
+
+    A round has as many samples as the longest one so far lets fit into left() tokens, at first one.
+    With --until it has ROUND at most: the driver ends the search after the first good one.
+    """
+    drawn = longest = 0
     while drawn < n:
-        fit = max(1, int(left() // longest)) if longest else 1
-        [ends] = yield Request([root], min(fit, n - drawn), whole=True)
+        most = left() / longest if longest else 1
+        fit = min(most, n - drawn, ROUND if until < math.inf else n)
+        [ends] = yield Request([root], max(1, int(fit)), whole=True)
         longest = max([longest, 1, *(end.tokens() for end in ends)])
         drawn += len(ends)
 
 
 STRATEGIES = {**TEXTBOOK, "beam": beam_extended, "mcts": mcts_extended}
+RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # of --choose
 
 
 # ------------------------------------------------------------ from problems to sample rows
@@ -227,35 +215,46 @@ def solve(problems, strategy, policy, prms, args, budgets=None):
         return aggregate([step.p for step in node.path() if step.text and step.p is not None], how)
     options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
-        options["n"] = math.inf  # as many samples as the budget buys
+        options |= {"n": math.inf, "until": math.inf}  # as many samples as the budget buys
     plan = (STRATEGIES | TEXTBOOK if args.textbook else STRATEGIES)[strategy]
-    if plan is best_of_n and (budgets or args.tokens < math.inf):
-        plan = samples_within
+    if plan is best_of_n and (budgets or min(args.tokens, args.until) < math.inf):
+        plan = samples_in_rounds
     # the id fixes the random numbers: whatever shares the batch, the samples are the same
     roots = [policy.root(p.id, p.question, p.domain) for p in problems]
     limits = budgets or [args.tokens] * len(problems)
     searches = [Search(root, plan, options, limit) for root, limit in zip(roots, limits)]
     with tqdm(total=len(searches), desc=strategy, leave=False, disable=None) as progress:
         run_together(searches, policy, prms, progress)
-    rule = args.choose or ("vote" if strategy == "majority" else "argmax")
-    return searches, sample_rows(problems, searches, strategy, choose, rule, policy.separator)
+    rows = sample_rows(problems, searches, strategy, policy.separator)
+    for row in rows:
+        row["picked"] = choose(row, args.choose or RULES[strategy], args.aggregate)
+    return searches, rows
 
 
-def choose(rule, search, rewards, answers):
-    """--choose: index of the winner among search.finished, None if that is empty. It holds every
-    solution that ended, also those that fell out of the beam, and MCTS's rollouts."""
-    if not rewards:
+def choose(row, rule, how, tokens=math.inf):
+    """--choose: index of a sample row's best solution, None if there is none. Every solution that
+    ended counts, also one that fell out of the beam, and each of MCTS's rollouts.
+
+    tokens: a smaller budget, of which the search would have got the first solutions only.
+    """
+    samples = [s for s in row["samples"] if s["spent"] <= tokens]
+    R = rewards(samples, how)
+    if not samples:
         return None
-    if rule in ("vote", "weighted"):
-        return mode(answers, rewards if rule == "weighted" else None)
-    if rule == "visited" and search.result:  # not when the budget ended the search
-        N, children = search.result
-        node = search.root
-        while node in children:
-            node = max(children[node], key=N.__getitem__)
-        below = [i for i, (_, _, end) in enumerate(search.finished) if node in end.line()]
-        return max(below, key=rewards.__getitem__, default=arg_max(rewards))
-    return arg_max(rewards)
+    if rule == "visited":  # at each node the most visited child; below the last the best reward
+        return max(range(len(R)), key=lambda i: (samples[i]["visits"], R[i]))
+    if rule == "argmax":
+        return arg_max(R)
+    return mode([s["answer"] for s in samples], R if rule == "weighted" else None)
+
+
+def rewards(samples, how):
+    """R_i of each sample; one that was cut off has no answer and ranks below all others."""
+    R = []
+    for s in samples:
+        p = [x for x in s["scores"] if x is not None]
+        R.append(-1.0 if s.get("end") == "length" else aggregate(p, how))
+    return R
 
 
 # ------------------------------------------------------------ main
@@ -272,10 +271,11 @@ def add_search_flags(parser):
     a("--c", type=run.amount, default=0.5, help="MCTS: c of UCT, in units of Q (0.5)")
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--textbook", action="store_true", help="beam, MCTS as in B.4, without our additions")
-    a("--adaptive", action="store_true", help="beam: more samples where the PRM is unsure (D.2)")
+    a("--until", type=run.share, default=math.inf,
+      help="end a problem's search once a solution has this reward R_i (D.2; try 0.5)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
-           "visited (default: vote for majority, else argmax)")
+           "visited (default: vote for majority, weighted for MCTS, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
     a("--prm", nargs="+", default=[str(run.TINY / "prm")], help="folders or hub ids: mean p_t")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
@@ -284,9 +284,11 @@ def add_search_flags(parser):
 def parse(argv):
     parser = run.command_line(__doc__)
     a = parser.add_argument
-    a("--strategy", required=True, choices=STRATEGIES)
+    a("--strategy", required=True, choices=[*STRATEGIES, "auto"],
+      help="auto: what common/router.py has measured to be best for a mean of --tokens")
     a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
     a("--question", help="your own question, of math")
+    a("--no-baseline", action="store_true", help="no plain samples of the same tokens beside it")
     add_search_flags(parser)
     add_policy_flags(parser, str(run.TINY / "A"))
     run.add_run_flags(parser, limit=50, summary=False)
@@ -294,8 +296,6 @@ def parse(argv):
     run.check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
     if args.strategy == "mcts" and args.aggregate == "sum":
         parser.error("--aggregate sum is not in [0, 1], which UCT needs")
-    if args.adaptive and (args.strategy != "beam" or args.textbook):
-        parser.error("--adaptive is for --strategy beam, without --textbook")
     if args.choose == "visited" and args.strategy != "mcts":
         parser.error("--choose visited is for --strategy mcts, which counts visits")
     if args.question is not None and not args.question.strip():
@@ -306,6 +306,8 @@ def parse(argv):
 def main(argv=None):
     parser, args = parse(argv)
     with parser:
+        if args.strategy == "auto":
+            vars(args).update(router.route(args.prm[0], args.tokens))
         rank, _, device = run.distributed(args.device)
         problems = []
         for task in args.task if not args.question else ():
@@ -318,20 +320,27 @@ def main(argv=None):
 
     def search_chunk(chunk):
         searches, rows = solve(chunk, args.strategy, policy, prms, args)
-        pools = rows
-        if args.strategy not in ("best_of_n", "majority"):  # the same tokens without search
-            budgets = [max(1, search.generated) for search in searches]
-            _, pools = solve(chunk, "best_of_n", policy, prms, args, budgets)
-        for search, row, pool in zip(searches, rows, pools):
-            row["compared"] = compare(row, pool)
+        for search, row in zip(searches, rows):
             if rank == 0 and row["domain"] not in shown:
                 show(search, row)
                 shown.add(row["domain"])
         return rows
+
+    def baseline_chunk(chunk):
+        budgets = [max(1, spent[problem.id]) for problem in chunk]
+        return solve(chunk, "best_of_n", policy, prms, args, budgets)[1]
     with parser:
         run.same_flags(parser, args)
-        rows = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
-                         resume=args.resume)
+        rows = pools = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
+                                     resume=args.resume)
+        if args.question or args.no_baseline:
+            pools = []
+        elif args.strategy not in ("best_of_n", "majority"):  # the same tokens without search
+            spent = {row["id"]: row["cost"]["policy_generated"] for row in run.gather(rows)[0]}
+            pools = run.journaled(args.out and f"{args.out}.baseline", problems, baseline_chunk,
+                                  chunk=args.concurrent, resume=args.resume, desc="baseline")
+    for row, pool in zip(rows, pools):
+        row["baseline"] = compare(row, pool, partial(choose, how=args.aggregate))
     if rank == 0 and not args.question:
         report(rows, args)
 

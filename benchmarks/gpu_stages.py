@@ -64,7 +64,7 @@ def searches(device, folder):
         texts = []
         for domain, want in zip(("math", "code"), map(float, printed)):
             rows = [row for _, row in read_rows(file) if row["domain"] == domain]
-            accuracy = statistics.fmean(row["compared"]["picked"] for row in rows)
+            accuracy = statistics.fmean(row["samples"][row["picked"]]["correct"] for row in rows)
             seconds = statistics.fmean(row["cost"]["seconds"] for row in rows)
             texts.append(f"{domain} {accuracy:.3f} (README {want:.3f}), {seconds:.3f} s a problem")
             # three standard errors and one problem, since they are few

@@ -9,9 +9,8 @@ Sample rows (search.py and evaluate.py write and read; other projects' outputs c
      {"steps": [str], "scores": [float] or null, "answer": str or null, "correct": bool,
       "tokens": int}]}
     and of each sample optionally "end": "eos", "answer", or "length" (cut off: ranks below all
-    others). search.py adds "strategy", "vote" (index that the vote picks), "curve" ([tokens,
-    seconds, sample] whenever the best answer changed: Figures 4 and 5), "overshoot" (tokens) and
-    "compared"
+    others). search.py adds "strategy", "overshoot" (tokens), and to each sample "spent": the tokens
+    that the whole search had generated when it was finished; of MCTS "visits": those of its steps
 """
 import gzip
 import hashlib

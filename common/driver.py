@@ -12,6 +12,7 @@ be read one problem at a time, as in the paper, and a GPU still sees full batche
 """
 import math
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from itertools import chain, islice
 
@@ -37,25 +38,31 @@ class Search:
     seconds: float = 0.0
     prm_seconds: float = 0.0          # the PRM's part of `seconds`
     sampled: list = field(default_factory=list)   # every node of the tree, in order
-    finished: list = field(default_factory=list)  # (tokens, seconds, last node) of each solution
-    result: object = None             # what the strategy returned, unless the budget ended it
+    finished: list = field(default_factory=list)  # (tokens spent so far, last node) of a solution
+    visits: Counter = field(default_factory=Counter)  # MCTS: N; it outlives the plan
 
     def __post_init__(self):
         def left():
             return self.budget - self.generated
-        self.plan = self.strategy(self.root, left=left, **self.options)
+        self.plan = self.strategy(self.root, left=left, N=self.visits, **self.options)
         self.request = None
+        self.until = self.options.get("until", math.inf)
         self.advance(None)
 
     def advance(self, groups):
         """Send the new nodes to the strategy and receive its next request, None at its end."""
         try:
             self.request = self.plan.send(groups)
-        except StopIteration as end:
+        except StopIteration:
             self.request = None
-            self.result = end.value
-        if self.request is None or self.generated >= self.budget:
+        if self.request is None or self.generated >= self.budget or self.is_sure():
             self.stop()
+
+    def is_sure(self):
+        """D.2: no more samples where one solution is good enough. One that was cut off is none."""
+        reward = self.options.get("reward")
+        ends = [node for _, node in self.finished if node.end != "length"]
+        return self.until < math.inf and any(reward(node) >= self.until for node in ends)
 
     def stop(self):
         self.request = None
@@ -66,17 +73,19 @@ class Search:
         for node in [self.root, *self.sampled]:
             node.forget()  # keys and values: most of the tree's memory
 
-    def charge(self, groups, tokens, share, seconds, prm_seconds, prefilled, prm_tokens):
-        """Book this search's new nodes, of `tokens`, and its share of what the batch has cost."""
-        self.generated += tokens
+    def charge(self, groups, share, seconds, prm_seconds, prefilled, prm_tokens):
+        """Book this search's new nodes, and its share of what the batch has cost."""
         self.seconds += share * seconds
         self.prm_seconds += share * prm_seconds
         self.prefilled += share * prefilled
         self.prm_tokens += share * prm_tokens
-        for node in chain.from_iterable(groups):
-            self.sampled.append(node)
-            if node.end:
-                self.finished.append((self.generated, self.seconds, node))
+        for parent, group in zip(self.request.nodes, groups):
+            for node in group:
+                # one after the other: a smaller budget would have bought the first of them
+                self.generated += node.tokens() - parent.tokens()
+                self.sampled.append(node)
+                if node.end:
+                    self.finished.append((self.generated, node))
 
 
 def new_tokens(request, groups):
@@ -123,8 +132,7 @@ def answer(batch, whole, policy, prms):
     prm_tokens = sum(prm.tokens for prm in prms) - prm_tokens
     for search, groups, new in zip(batch, answers, tokens):
         share = new / max(1, sum(tokens))
-        search.charge(groups, new, share, scored - started, scored - sampled, prefilled,
-                      prm_tokens)
+        search.charge(groups, share, scored - started, scored - sampled, prefilled, prm_tokens)
         search.advance(groups)
 
 

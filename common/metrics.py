@@ -102,7 +102,7 @@ def wilson(right, n, z=1.96):
     centre = (p + z * z / (2 * n)) / scale
     half = z * (p * (1 - p) / n + z * z / (4 * n * n)) ** 0.5 / scale
     # at p = 0 and 1 an end is exactly p: no rounding error there
-    return p, min(p, centre - half), max(p, centre + half)
+    return p, max(0.0, min(p, centre - half)), max(p, centre + half)
 
 
 def interval(values, statistic=statistics.fmean, rounds=1000):

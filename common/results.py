@@ -9,41 +9,33 @@ from common.loaders import packed
 from common.metrics import mean_se
 
 
-def sample_rows(problems, searches, strategy, choose, rule, separator):
-    """One judged row a problem (format: common/data.py), its samples in the order of finishing.
-
-    choose(rule, search, rewards, answers) -> the index of the chosen sample.
-    """
+def sample_rows(problems, searches, strategy, separator):
+    """One judged row a problem (format: common/data.py), its samples in the order of finishing."""
     solutions = []
     for problem, search in zip(problems, searches):
-        for _, _, node in search.finished:
+        for _, node in search.finished:
             solutions.append((problem, separator.join(node.steps())))
     verdicts = iter(tasks.judge_many(solutions))  # of all problems at once: the judge is parallel
     keys = iter(tasks.vote_keys(solutions))
     rows = []
     for problem, search in zip(problems, searches):
-        nodes = [node for _, _, node in search.finished]
-        answers = [next(keys) for _ in nodes]
-        samples = [sample(node, answer, next(verdicts)) for node, answer in zip(nodes, answers)]
-        reward = search.options["reward"]
-        # a solution that was cut off ranks below all others, whatever the PRM thinks of it
-        rewards = [-1.0 if node.end == "length" else reward(node) for node in nodes]
         is_code = problem.domain == "code"
         goal = {"tests": packed(problem.tests)} if is_code else {"answer": problem.answer}
         rows.append({
             "id": problem.id, "domain": problem.domain, "question": problem.question, **goal,
-            "strategy": strategy, "samples": samples,
-            "picked": choose(rule, search, rewards, answers),
-            "vote": choose("vote", search, rewards, answers),
-            "curve": best_so_far(search, rewards), "cost": costs(search),
-            "overshoot": max(0, search.generated - search.budget)})
+            "strategy": strategy,
+            "samples": [sample(search, *x, next(keys), next(verdicts)) for x in search.finished],
+            "cost": costs(search), "overshoot": max(0, search.generated - search.budget)})
     return rows
 
 
-def sample(node, answer, verdict):
+def sample(search, spent, node, answer, verdict):
     path = [step for step in node.path() if step.text]  # an empty step is only the end token
-    return {"steps": node.steps(), "scores": [step.p for step in path], "answer": answer,
-            "correct": verdict.ok, "tokens": node.tokens(), "end": node.end}
+    new = {"steps": node.steps(), "scores": [step.p for step in path], "answer": answer,
+           "correct": verdict.ok, "tokens": node.tokens(), "end": node.end, "spent": spent}
+    if search.visits:  # MCTS; rolled-out steps have none
+        new["visits"] = [search.visits[step] for step in path if search.visits[step]]
+    return new
 
 
 def costs(search):
@@ -52,27 +44,23 @@ def costs(search):
             "prm_seconds": round(search.prm_seconds, 4)}
 
 
-def best_so_far(search, rewards):
-    """[(tokens, seconds, index)] whenever the arg max changed: Figures 4 and 5 read it."""
-    curve = []
-    for i, (tokens, seconds, _) in enumerate(search.finished):
-        if not curve or rewards[i] > rewards[curve[-1][2]]:  # > : the first of equals stays
-            curve.append((tokens, round(seconds, 4), i))
-    return curve
-
-
 def right(row, i):
     """Is sample i of a row right? None, that no solution was finished, is not."""
     return bool(i is not None and row["samples"][i]["correct"])
 
 
-def compare(row, pool):
-    """The strategy's pick beside three baselines from a pool of plain samples of as many tokens."""
-    best = pool["curve"][-1][2] if pool["curve"] else None
-    single = statistics.fmean([sample["correct"] for sample in pool["samples"]] or [0.0])
-    return {"picked": right(row, row["picked"]), "best_of_n": right(pool, best),
-            "majority": right(pool, pool["vote"]), "single": single,
-            "pool_samples": len(pool["samples"]), "pool_tokens": pool["cost"]["policy_generated"]}
+def compare(row, pool, choose):
+    """Is what plain samples of as many tokens answer right, by each rule? {rule: right, ...}
+
+    choose(row, rule, tokens=...) is that of search.py.
+    """
+    tokens = row["cost"]["policy_generated"]
+    fit = [s for s in pool["samples"] if s["spent"] <= tokens]
+    baseline = {"single": statistics.fmean([s["correct"] for s in fit] or [0.0]),
+                "samples": len(fit), "tokens": sum(s["tokens"] for s in fit)}
+    for rule in ("argmax", "weighted", "vote"):
+        baseline[rule] = right(pool, choose(pool, rule, tokens=tokens))
+    return baseline
 
 
 # ------------------------------------------------------------ what is printed
@@ -100,7 +88,7 @@ def show(search, row):
     print(f"\n{row['question']}\n")
     if row["picked"] is None:
         return print("no solution was finished")
-    for node in search.finished[row["picked"]][2].path():
+    for node in search.finished[row["picked"]][1].path():
         print(indent(coloured(node.text, node.p), "  "))
         siblings = {n.text: n for n in search.sampled if n.parent is node.parent}
         siblings.pop(node.text, None)  # rolled-out steps are not among those sampled
@@ -121,22 +109,26 @@ def report(rows, args):
     """Print a table for each domain: accuracy ± a standard error over problems, and mean costs."""
     names = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}",
              "mcts": "MCTS", "majority": f"majority of {args.n}"}
+    baselines = {"argmax": "best-of-N, same tokens", "weighted": "weighted vote, same tokens",
+                 "vote": "majority vote, same tokens", "single": "a single sample"}
     for domain, part in by_domain(rows).items():
         print(f"{f'{domain}, {len(part)} problems':<34}accuracy         "
               "generated  prefilled PRM tokens   seconds / problem")
         counts = ("policy_generated", "policy_prefilled", "prm_tokens")
-        spent = [mean(part, "cost", count) for count in counts]
-        pool = mean(part, "compared", "pool_tokens")
-        sample_tokens = pool / max(1, mean(part, "compared", "pool_samples"))
-        for key, label, tokens in (
-                ("picked", names.get(args.strategy, args.strategy), spent),
-                ("best_of_n", "best-of-N, same tokens", [pool]),
-                ("majority", "majority vote, same tokens", [pool]),
-                ("single", "a single sample", [sample_tokens])):
-            accuracy, error = mean_se([float(row["compared"][key]) for row in part])
-            columns = "".join(f"{count:>11.0f}" for count in tokens)
-            if key == "picked":
-                columns += f"{mean(part, 'cost', 'seconds'):>10.3f}"
-            print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {columns}")
+        spent = "".join(f"{mean(part, 'cost', count):>11.0f}" for count in counts)
+        line(names.get(args.strategy, args.strategy),
+             [right(row, row["picked"]) for row in part],
+             f"{spent}{mean(part, 'cost', 'seconds'):>10.3f}")
+        if "baseline" in part[0]:  # not with --no-baseline
+            pool = mean(part, "baseline", "tokens")
+            sample = pool / max(1, mean(part, "baseline", "samples"))
+            for key, label in baselines.items():
+                line(label, [row["baseline"][key] for row in part],
+                     f"{sample if key == 'single' else pool:>11.0f}")
         if overshoot := max(row["overshoot"] for row in part):
             print(f"  the token budget was overshot by at most {overshoot} tokens")
+
+
+def line(label, values, costs):
+    accuracy, error = mean_se([float(value) for value in values])
+    print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {costs}")

@@ -176,9 +176,9 @@ class Bench:
     load_prm and solve are given: prm_model.py and search.py stand above common/ and import it.
     """
     # the flags that a strategy's rows depend on
-    SEARCHES = {"best_of_n": ("n",),
-                "beam": ("k", "m", "adaptive", "textbook"),
-                "mcts": ("m", "simulations", "c", "textbook")}
+    SEARCHES = {"best_of_n": ("n", "tokens", "until"),
+                "beam": ("k", "m", "textbook", "until"),
+                "mcts": ("m", "simulations", "c", "textbook", "tokens", "until", "aggregate")}
 
     def __init__(self, parser, args, load_prm, solve):
         self.args, self.once, self.solve = args, Once(parser, args), solve
@@ -199,11 +199,11 @@ class Bench:
         settings = {name: vars(args).get(name) for name in self.SEARCHES[strategy]}
         size = {"best_of_n": args.n, "beam": f"{args.k}x{args.m}",
                 "mcts": args.simulations}[strategy]
+        if "tokens" in settings and args.tokens < math.inf:
+            size = f"{args.tokens}-tokens"
         problems, prms = self.problems, [prm] if prm else []
-        settings |= {"policy": written(policy), "prm": [written(p) for p in prms],
-                     # the pool's samples do not depend on these, and its pick is not read
-                     "aggregate": args.aggregate if strategy != "best_of_n" else None,
-                     "choose": args.choose if strategy != "best_of_n" else None}
+        # whoever reads the rows chooses: their "picked" is no setting
+        settings |= {"policy": written(policy), "prm": [written(p) for p in prms]}
 
         def key(p):  # with the budget: another one makes another row
             return f"{p.id} {budgets[p.id]}" if budgets else p.id

@@ -57,7 +57,8 @@ def panel_and_line(series):
 
 def colour(line, others):
     """A line's colour. others (a dict) collects the labels that COLOURS does not name."""
-    thing = re.sub(r", (not )?corrected$|^.* of ", "", line)  # "step AUC of l": it is about l
+    thing = re.sub(r" at \d+$|, (weighted|until)\b", "", line)  # a strategy, whatever its rule
+    thing = re.sub(r", (not )?corrected$|^.* of ", "", thing)  # "step AUC of l": it is about l
     thing = re.sub(r"\b(train|eval) ", "", re.sub(r"^prm@\d+$", "best-of-N", thing))
     number = others.setdefault(thing, len(others)) if thing not in COLOURS else 0
     return COLOURS.get(thing, SPARE[number % len(SPARE)])
@@ -117,7 +118,8 @@ def draw_line(ax, line, points, colour):
     keys = ("x", "value", "low", "high")
     x, value, low, high = zip(*(map(p.get, keys) for p in points))
     dashed = DASHED.search(line)
-    style = {"color": colour, "linestyle": "--" if dashed else "-"}
+    rule = "-." if ", weighted" in line else ":" if ", until" in line else "-"
+    style = {"color": colour, "linestyle": "--" if dashed else rule}
     if dashed and len(set(value)) == 1:  # a level, with no points to be read off
         ax.axhline(value[0], **style)
     else:

@@ -6,7 +6,8 @@
 fig1    accuracy against PRM size            --prms LABEL=FOLDER ... (folders of train.py)
 fig2    accuracy against training steps      --prms l=runs/prm (train.py --snapshots)
 fig3    prm@N against N for label sets       --prms PRM800K=... Math-Shepherd=... ASLAF=...
-fig4    accuracy against generated tokens; fig5 against seconds
+fig4    accuracy against generated tokens; fig5 against seconds;
+difficulty  the same by bins of difficulty; router: the best of it (all four: paper/scaling.py)
 fig6    p_t around a self-correction, on average and in one solution (Figures 6 and 8)
 curves  losses and validation figures        --prms runs/prm
 table1  --task tiny-code --policies A=... B=... x majority, --prms Code=... Math=... (minus first)
@@ -24,12 +25,13 @@ from pathlib import Path
 
 import search
 from common.data import first_wrong, read_rows
-from common.metrics import over_runs, paired
+from common.metrics import over_runs
 from common.policy import add_policy_flags
 from common.run import TINY, add_run_flags, command_line
 from common.samples import Bench
-from evaluate import at_budget, check, maj_at, pass_at, powers, prm_at
+from evaluate import check, maj_at, pass_at, powers, prm_at
 from paper.drawing import draw, write_table
+from paper.scaling import TABLE_ONLY, difficulty, fig4, router
 from prm_model import coloured, load_prm
 from search import by_domain
 
@@ -140,57 +142,6 @@ def fig3(bench, args):
     return points
 
 
-def fig4(bench, args, axis="tokens"):
-    """Accuracy against a problem's generated tokens (Figure 4), or its seconds (Figure 5).
-
-    Best-of-N and majority: N of one pool of --n samples, at N / --n of its cost (the vote without
-    the PRM's seconds). Beam: a run for each width. MCTS: one run, and its best answer so far.
-    """
-    policy, prm = args.policy, args.prm[0]
-    pool = bench.run("best_of_n", policy, prm)
-    beams = {f"{k}x{m}": bench.run("beam", policy, prm, k=k, m=m) for k, m in args.widths}
-    trees = bench.run("mcts", policy, prm)
-    rivals = {r["id"]: r for r in bench.same_tokens(pool, policy, prm, trees, *beams.values())}
-
-    def cost(rows, judged=True):
-        key = "policy_generated" if axis == "tokens" else "seconds"
-        mean = statistics.fmean(r["cost"][key] for r in rows)
-        if judged or axis == "tokens":
-            return mean
-        return mean - statistics.fmean(r["cost"]["prm_seconds"] for r in rows)
-
-    def above(rows, right, spent):  # best-of-N at the same tokens: nothing for seconds
-        same = [at_budget(rivals[r["id"]], t, args.aggregate) for r, t in zip(rows, spent)]
-        names = ("above_best_of_n", "se", "z")
-        return dict(zip(names, paired(right, same))) if axis == "tokens" else {}
-    points = []
-    for domain, rows in by_domain(pool).items():
-        for n in powers(args.n):
-            share = n / args.n  # of the pool, and so of its cost
-            right = [prm_at(r, n, args.aggregate) for r in rows]
-            points += [point(f"{domain}, best-of-N", cost(rows) * share, right, N=n),
-                       baseline(f"{domain}, majority", cost(rows, False) * share, rows, n)
-                       | {"N": n}]
-        for width, searches in beams.items():
-            rows = by_domain(searches)[domain]
-            right = [search.right(r, r["picked"]) for r in rows]
-            more = above(rows, right, [r["cost"]["policy_generated"] for r in rows])
-            points.append(point(f"{domain}, beam", cost(rows), right, width=width, **more))
-        rows = by_domain(trees)[domain]
-        for share in (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1):
-            limit = cost(rows) * share  # of each problem; at the end whatever it took
-            right = [anytime(r, axis, limit if share < 1 else math.inf) for r in rows]
-            spent = [r["cost"]["policy_generated"] if share == 1 else limit for r in rows]
-            points.append(point(f"{domain}, MCTS", limit, right, **above(rows, right, spent)))
-    return points
-
-
-def anytime(row, axis, limit):
-    """Is a search's best answer right once so many tokens or seconds are spent (its "curve")?"""
-    best = [i for t, s, i in row["curve"] if (t if axis == "tokens" else s) <= limit]
-    return float(bool(best) and row["samples"][best[-1]]["correct"])
-
-
 def fig6(bench, args):
     """Does p_t rise again when a mistake is corrected (Figures 6 and 8)?
 
@@ -285,10 +236,17 @@ EXHIBITS = {
              "generated tokens a problem", "powers", "accuracy"),
     "fig5": (partial(fig4, axis="seconds"), "Search strategies at equal time",
              "seconds a problem", "decades", "accuracy"),
+    "difficulty": (difficulty, "Search strategies by the problem's difficulty",
+                   "difficulty (1: hardest)", "linear", "accuracy"),
+    "router": (router, "The best strategy for a budget",
+               "generated tokens a problem", "powers", "accuracy"),
     "fig6": (fig6, "Does p rise where a mistake is corrected? (dashed: where it is not)",
              "step (-1: the mistake)", "linear", "mean p of the step"),
     "table1": (table1, "Policies and PRMs on code", "N", "powers", "accuracy"),
     "curves": (curves, "Training of the PRM", "optimizer step", "powers", "share")}
+
+
+BUDGETED = ("fig4", "fig5", "difficulty", "router")  # the others end by --n and --simulations
 
 
 def parse(argv):
@@ -303,7 +261,11 @@ def parse(argv):
     search.add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
     add_run_flags(parser, limit=100)
-    check(parser, args := parser.parse_args(argv))
+    a("--tokens", type=int, default=2048, help="fig4, fig5, difficulty: largest budget (2048)")
+    args = parser.parse_args(argv)
+    tokens = args.tokens if args.exhibit in BUDGETED else math.inf
+    check(parser, args)
+    args.tokens = tokens
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", width) for width in args.widths):
         parser.error("--widths: KxM, as in 4x4")
     args.widths = [tuple(map(int, width.split("x"))) for width in args.widths]
@@ -321,8 +283,9 @@ def main(argv=None):
         if bench.rank > 0:
             return
         print(write_table(args.exhibit, points, args.out, *axes))
-        if args.exhibit != "table1":
-            draw(args.exhibit, points, args.out, title, *axes)
+        if args.exhibit not in ("table1", "router"):
+            drawn = [p for p in points if not p["series"].endswith(TABLE_ONLY)]
+            draw(args.exhibit, drawn, args.out, title, *axes)
         if args.json:
             result = {"settings": {k: str(v) for k, v in vars(args).items()}, "points": points}
             Path(args.json).write_text(json.dumps(result, indent=1) + "\n")

@@ -17,12 +17,12 @@ for flag in "$@"; do
 done
 # each may be set from outside: PROBLEMS=50 bash recipes/tiny.sh
 if [ "$FAST" ]; then
-  : "${PROBLEMS:=100}" "${LIMIT:=25}" "${SEEDS:=0}" "${RUNS:=0}" "${N:=8}" "${SIMULATIONS:=16}" "${EPOCHS:=2}" "${WIDTHS:=1x4 4x4}" "${SIMILAR:=12}"
+  : "${PROBLEMS:=100}" "${LIMIT:=25}" "${SEEDS:=0}" "${RUNS:=0}" "${N:=8}" "${TOKENS:=1024}" "${EPOCHS:=2}" "${WIDTHS:=1x4 4x4}" "${SIMILAR:=12}"
 else
-  : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${RUNS:=0 1 2}" "${N:=16}" "${SIMULATIONS:=32}" "${EPOCHS:=3}" "${WIDTHS:=1x4 2x4 4x4}" "${SIMILAR:=60}"
+  : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${RUNS:=0 1 2}" "${N:=16}" "${TOKENS:=8192}" "${EPOCHS:=3}" "${WIDTHS:=1x2 1x4 2x4 4x4 8x8}" "${SIMILAR:=60}"
 fi
 set -- $RUNS
-stages=$((11 + 10 * $#))
+stages=$((13 + 10 * $#))
 [ "$MODELS" = tiny ] || stages=$((stages + 1))
 . recipes/stages.sh
 train() {  # train NAME ROWS BACKBONE [flags]: one PRM for each seed of RUNS; 64 rows a step, whatever PROCESSES
@@ -66,8 +66,9 @@ evaluate fig1 --prms $(of xs xs) $(of s s) $(of m m) $(of l l)
 # a PRM for each evaluation of the training: fewer problems
 evaluate fig2 --prms l="$best" A="$RUN/prm-policy-${RUNS%% *}" --limit "$((LIMIT / 4))"
 evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth) $(of masked mask)
-evaluate fig4 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
-evaluate fig5 --prm "$best" --simulations "$SIMULATIONS" --widths $WIDTHS
+# four views of the same searches: the router is measured on other problems than it is shown on
+for exhibit in fig4 fig5 difficulty; do evaluate $exhibit --prm "$best" --tokens "$TOKENS" --widths $WIDTHS; done
+evaluate router --prm "$best" --tokens "$TOKENS" --widths $WIDTHS --seeds 100 --out "$RUN/aside"
 evaluate fig6 --prms consensus="$best" truth="$RUN/prm-truth-${RUNS%% *}" masked="$RUN/prm-mask-${RUNS%% *}"
 evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms $(of Code code) $(of Math math) $(of both l)
 run similarity ranks similarity.py --policy "$A" --prm "$best" --limit "$SIMILAR" --json "$RUN/similarity.json"

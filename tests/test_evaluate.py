@@ -13,7 +13,7 @@ import evaluate
 from common.metrics import interval, over_runs, paired, wilson
 from common.run import journaled
 from common.samples import Bench, name_of, read_samples
-from evaluate import at_budget, first_error_figures, maj_at, pass_at, prm_at
+from evaluate import first_error_figures, maj_at, pass_at, prm_at
 
 
 def row(correct, scores=None, answers=None, tokens=10):
@@ -68,11 +68,6 @@ VOTE = row([0, 0, 1], [0.1, 0.2, 0.9], ["3", "3", "7"])
     (row([0, 1, 1], answers=[None, None, "7"]), 3, None, 1)])  # no answer is no vote
 def test_votes_by_hand(sampled, n, how, want):
     assert maj_at(sampled, n, how=how) == pytest.approx(want)
-
-
-@pytest.mark.parametrize("tokens, want", [(25, 1), (19, 0), (3, 0)])  # 2, 1, and 1 sample at least
-def test_budgets_by_hand(tokens, want):
-    assert at_budget(row([0, 1, 0], [0.1, 0.9, 0.5]), tokens) == want
 
 
 # ---------------------------------------------------------------- intervals

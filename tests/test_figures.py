@@ -1,12 +1,14 @@
 """The exhibits of paper/figures.py, small and end to end; the drawing by what stands in the SVG."""
 import json
+import math
 import re
 
 import pytest
 from conftest import TINY
 
 import evaluate
-from paper import drawing, figures
+from common import router
+from paper import drawing, figures, scaling
 
 
 @pytest.fixture(scope="module")
@@ -15,11 +17,11 @@ def out(tmp_path_factory):
     return tmp_path_factory.mktemp("exhibits")
 
 
-@pytest.mark.parametrize("exhibit", ["fig4", "fig5", "fig6", "fig3", "fig1", "table1"])
+@pytest.mark.parametrize("exhibit", ["fig4", "fig5", "difficulty", "router", "fig6", "fig3", "fig1", "table1"])
 def test_exhibits_are_drawn(exhibit, out, capsys):
     many = exhibit == "fig6"  # self-corrections that end right are rare
     figures.main([exhibit, "--limit", "25" if many else "8", "--n", "16" if many else "4",
-                  "--widths", "1x2", "--simulations", "2", "--prms", f"Tiny={TINY / 'prm'}",
+                  "--widths", "1x2", "--tokens", "256", "--prms", f"Tiny={TINY / 'prm'}",
                   "--policies", f"A={TINY / 'A'}", "--out", str(out)])
     points = [json.loads(x) for x in (out / f"{exhibit}.jsonl").read_text().splitlines()]
     assert points
@@ -27,7 +29,10 @@ def test_exhibits_are_drawn(exhibit, out, capsys):
     assert len((out / f"{exhibit}.md").read_text().splitlines()) == len(points) + 2
     printed = capsys.readouterr().out
     assert f"written: {out}/{exhibit}.*" in printed
-    if exhibit != "table1":
+    if exhibit == "router":
+        routes = json.loads((out / "router.json").read_text())["routes"]
+        assert [(r["generated"], r["accuracy"]) for r in routes] == [(p["x"], p["value"]) for p in points]
+    elif exhibit != "table1":
         assert (out / f"{exhibit}.png").stat().st_size > 5000
         assert "<svg" in (out / f"{exhibit}.svg").read_text()
     if exhibit == "fig6":
@@ -47,13 +52,40 @@ def test_evaluates_door_makes_the_same(out):
     assert written[0] == written[1]
 
 
-@pytest.mark.parametrize("share, tokens, seconds, want", [
-    ("before", 5, 0.05, 0), ("the first answer", 39, 0.39, 0), ("the second", 40, 0.4, 1)])
-def test_anytime_by_hand(share, tokens, seconds, want):
-    row = {"samples": [{"correct": False}, {"correct": True}],
-           "curve": [(10, 0.1, 0), (40, 0.4, 1)]}
-    assert figures.anytime(row, "tokens", tokens) == want
-    assert figures.anytime(row, "seconds", seconds) == want
+def test_the_bins_of_difficulty_by_hand():
+    """Ten problems, of which i solves i of the ten samples beyond 20 tokens; the first two samples do not count."""
+    pool = [{"id": i, "samples": [{"spent": 10 * n, "correct": n <= 2 + i} for n in range(1, 13)]} for i in range(10)]
+    known = scaling.by_difficulty(pool, 20)
+    assert [known[i] for i in (0, 1, 2, 9)] == [(0, 0.0), (0, 0.1), (1, 0.2), (4, 0.9)]
+
+
+# Four samples are finished after 40, 90, 100 and 150 tokens, with R = 0.2, 0.4, 0.9, 0.1; the search cost 150
+@pytest.mark.parametrize("flags, budget, want", [
+    ({}, 64, 64), ({}, 1000, 150), ({"until": 0.1}, 1000, 40), ({"until": 0.3}, 1000, 100), ({"until": 0.3}, 64, 64),
+    ({"until": 0.95}, 1000, 150), ({"until": 0.3, "strategy": "mcts"}, 1000, 90)])
+def test_tokens_spent_by_hand(flags, budget, want, monkeypatch):
+    monkeypatch.setattr(scaling, "ROUND", 2)  # best-of-N looks after 1 and 3 samples, MCTS after each
+    row = {"samples": [{"spent": spent, "scores": [p], "answer": "1"}
+                       for spent, p in ((40, 0.2), (90, 0.4), (100, 0.9), (150, 0.1))], "cost": {"policy_generated": 150}}
+    line = scaling.Line("", [row], {"strategy": "best_of_n"} | flags)
+    assert scaling.spent(line, row, budget, "prod") == want
+
+
+ROUTES = [{"strategy": "best_of_n", "generated": 60, "accuracy": 0.3}, {"strategy": "beam", "generated": 900, "accuracy": 0.8},
+          {"strategy": "mcts", "generated": 700, "accuracy": 0.7, "until": 0.5}]
+
+
+def test_the_frontier_has_no_route_that_a_cheaper_one_reaches():
+    worse = {"strategy": "beam", "generated": 800, "accuracy": 0.7}
+    assert [r["generated"] for r in router.frontier([*ROUTES, worse])] == [60, 700, 900]
+
+
+@pytest.mark.parametrize("tokens, strategy, until", [
+    (10, "best_of_n", math.inf), (899, "mcts", 0.5), (900, "beam", math.inf), (10 ** 6, "beam", math.inf)])
+def test_a_budget_is_looked_up(tokens, strategy, until, tmp_path):
+    (tmp_path / "router.json").write_text(json.dumps({"routes": router.frontier(ROUTES)}))
+    found = router.route(tmp_path, tokens)
+    assert (found["strategy"], found["until"], found["tokens"]) == (strategy, until, math.inf)
 
 
 def test_one_label_names_several_training_runs():

@@ -7,11 +7,11 @@ from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
 FLOORS = ["run", "data", "inside", "referee", "programs", "outputs", "sandbox", "judge", "answers", "loaders", "tasks",
-          "node", "cache", "models", "policy", "published", "examples", "server", "metrics", "results", "driver",
+          "node", "cache", "models", "policy", "published", "examples", "server", "metrics", "router", "results", "driver",
           "responses", "samples", "solutions", "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
-FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.figures", "tiny.make"]
+FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.scaling", "paper.figures", "tiny.make"]
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in FLOORS]
 SCRIPTS = sorted(f for folder in (".", "tiny", "paper", "common", "benchmarks") for f in (ROOT / folder).glob("*.py")
                  if 'if __name__ == "' in f.read_text())

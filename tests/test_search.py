@@ -7,7 +7,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 from conftest import DEVICE, ROOT, TINY, two_devices
@@ -21,9 +21,10 @@ from search import (
     TEXTBOOK,
     arg_max,
     choose,
+    compare,
     merge,
     mode,
-    samples_within,
+    samples_in_rounds,
     uct_select,
 )
 from search import (
@@ -70,7 +71,7 @@ class Script:
 
 
 def texts(search):
-    return ["".join(node.steps()) for _, _, node in search.finished]
+    return ["".join(node.steps()) for _, node in search.finished]
 
 
 def reward(node):
@@ -86,7 +87,7 @@ def run(strategy, tree, tokens=math.inf, **options):
     s = Search(Node("Q"), strategy, options, budget=tokens)
     script = Script(tree)
     run_together([s], script, [script])
-    nodes = [node for _, _, node in s.finished]
+    nodes = [node for _, node in s.finished]
     return s, ("".join(nodes[arg_max([reward(n) for n in nodes])].steps()) if nodes else None)
 
 
@@ -129,7 +130,7 @@ def test_beam_sums_keeps_finished_paths_and_merges_duplicates():
     # step 1 draws 4: a a b a -> beams a, b(end). Step 2 from a: ax 1.2 (end), ay 1.1; kept: ax, ay; b has 0.8.
     # step 3 from ay: z, z -> merged; ayz = 2.0.
     assert s.generated == 4 + 2 + 2
-    assert {"".join(n.steps()) for _, _, n in s.finished} == {"b", "ax", "ayz"}
+    assert {"".join(n.steps()) for _, n in s.finished} == {"b", "ax", "ayz"}
     assert [n.text for n in merge([Node("a"), Node("b"), Node("a")])] == ["a", "b"]
 
 
@@ -138,8 +139,8 @@ def test_root_visits_equal_simulations_and_q_is_the_mean(mcts):
     wide = {"": [(c, 0.5, False) for c in "abc"], **{c: [("x", 0.5, False)] for c in "abc"},
             **{c + "x": [("y", p, True)] for c, p in zip("abc", (0.1, 0.5, 0.9))}}
     s, best = run(mcts, wide, m=3, simulations=7, c=1.0)
-    N, children = s.result
-    assert N[s.root] == 7 == sum(N[a] for a in children[s.root])
+    N = s.visits
+    assert N[s.root] == 7 == sum(N[a] for a in s.sampled if a.parent is s.root)
     assert best == "cxy"
 
 
@@ -147,9 +148,8 @@ def test_mcts_sees_no_worth_in_a_solution_that_was_cut_off():
     """By their p, a is worth 0.81 and b 0.25; but a only leads to a solution that never came to its answer."""
     tree = {"": [("a", 0.9, False), ("b", 0.5, False)], "a": [("x", 0.9, "length")], "b": [("y", 0.5, True)]}
     s, _ = run(mcts, tree, m=2, simulations=6, c=0.1)
-    N, children = s.result
-    a, b = children[s.root]
-    assert N[b] > N[a]
+    a, b = s.sampled[:2]
+    assert s.visits[b] > s.visits[a]
 
 
 def test_mcts_widens_where_it_visits():
@@ -163,7 +163,7 @@ def test_mcts_widens_where_it_visits():
     assert [run(mcts, late, m=3, simulations=n, c=1.0)[1][0] for n in (4, 5)] == ["a", "b"]
 
 
-@pytest.mark.parametrize("strategy, options", [(samples_within, {"n": 10**6}), (beam, {"k": 2, "m": 2}),
+@pytest.mark.parametrize("strategy, options", [(samples_in_rounds, {"n": 10**6, "until": math.inf}), (beam, {"k": 2, "m": 2}),
                                                (mcts, {"m": 2, "simulations": 10**6, "c": 1.0})])
 def test_budgets_are_respected_within_one_call(strategy, options):
     tree = {}  # ten levels and a fan of two: far more than the budget can see
@@ -205,17 +205,28 @@ def test_several_prms_are_averaged():
             return {n: {"a": 0.1, "b": 0.4, "c": 0.5}[n.text] for n in leaves}
     s = Search(Node("Q"), beam, {"k": 1, "m": 3, "path_score": total})
     run_together([s], first, [first, Second()])
-    assert max((n for _, _, n in s.finished), key=total).text == "b"
+    assert max((n for _, n in s.finished), key=total).text == "b"
     assert len(s.sampled[0].scores) == 2
 
 
-def test_adaptive_breadth_and_pruning():
-    sure = {"": [("a", 0.95, True), ("b", 0.9, True)]}
-    hard = {"": [("a", 0.3, True), ("b", 0.2, True)]}
-    assert run(beam, sure, k=1, m=4, adaptive=True)[0].generated == 2
-    assert run(beam, hard, k=1, m=4, adaptive=True)[0].generated == 6
+def test_pruning():
     expanded = [{n.parent.text for n in run(beam, DECEPTIVE, k=3, m=3, threshold=p)[0].sampled} for p in (0.0, 0.85)]
     assert expanded == [{"Q", "a", "b", "c"}, {"Q", "a"}]
+
+
+# Solutions of one token, 0.3, 0.9 (cut off), 0.2, 0.4, 0.6, 0.1, in this order; best-of-N draws 1, then 4, then 4
+@pytest.mark.parametrize("until, tokens", [(0.25, 1), (0.35, 5), (0.5, 5), (0.8, 12)])
+def test_a_search_ends_once_a_solution_is_good_enough(until, tokens):
+    p = [0.3, 0.9, 0.2, 0.4, 0.6, 0.1]
+    tree = {"": [(str(i), x, "length" if x == 0.9 else True) for i, x in enumerate(p)]}
+    s, _ = run(samples_in_rounds, tree, n=12, until=until)
+    assert s.generated == tokens
+
+
+def test_mcts_ends_once_a_rollout_is_good_enough():
+    tree = {"": [("a", 0.1, True), ("b", 0.9, True)]}
+    assert run(mcts, tree, m=1, simulations=50, c=1.0, until=0.5)[1] == "b"
+    assert run(mcts, tree, m=1, simulations=50, c=1.0, until=0.5)[0].generated == 2
 
 
 def test_a_beam_of_equal_steps_keeps_its_breadth():
@@ -232,22 +243,42 @@ def test_arg_max_takes_the_first_of_equals():
 
 @pytest.mark.parametrize("answers, weights, want", [
     (["7", "8", "8", "7"], None, 0),                  # a tie: the answer that was seen first
-    (["7", "8", "8", "7"], [0.1, 0.9, 0.9, 0.4], 1),  # 0.5 for 7, 1.8 for 8
+    (["7", "8", "8", "7"], [0.1, 0.8, 0.9, 0.4], 2),  # 0.5 for 7, 1.7 for 8, of which the second is better
     (["7", "8", "8"], [0.5, 0.9, -1.0], 1),           # an unfinished solution takes no weight away
+    (["7", "7", "8"], [0.1, 0.9, 0.2], 1),            # two programs that are equal on the examples: the better one
     ([None, None, "3", "4"], None, 2),                # no answer is no vote
     ([None, None], None, 0)])
 def test_mode(answers, weights, want):
     assert mode(answers, weights) == want
 
 
-@pytest.mark.parametrize("rule, want", [("argmax", 2), ("vote", 0), ("weighted", 3), ("visited", 1)])
-def test_each_rule_chooses_its_own_solution(rule, want):
-    """7 has two votes of weight 0.4, 8 one of 0.8, 9 two of 1.0; MCTS went to the second most often."""
-    root = Node("Q")
-    nodes = [Node(x, root, end="eos") for x in "abcde"]
-    s = SimpleNamespace(root=root, finished=[(0, 0.0, node) for node in nodes],
-                        result=({nodes[0]: 1, nodes[1]: 5}, {root: nodes[:2]}))
-    assert choose(rule, s, [0.2, 0.2, 0.8, 0.6, 0.4], ["7", "7", "8", "9", "9"]) == want
+# 7 has two votes of weight 0.4, 8 one of 0.8, 9 two of 1.0. MCTS went most often into the step of the second and the
+# fourth, and there three times into that of the second. A budget of 30 tokens buys the first three.
+@pytest.mark.parametrize("rule, tokens, want", [
+    ("argmax", math.inf, 2), ("vote", math.inf, 0), ("weighted", math.inf, 3), ("visited", math.inf, 1),
+    ("argmax", 20, 0), ("weighted", 30, 2), ("vote", 9, None)])
+def test_each_rule_chooses_its_own_solution(rule, tokens, want):
+    samples = zip([0.2, 0.2, 0.8, 0.6, 0.4], ["7", "7", "8", "9", "9"], [[1], [5, 3], [4], [5, 2], [1]])
+    row = {"samples": [{"scores": [p], "answer": answer, "visits": visits, "spent": 10 * i, "end": "eos"}
+                       for i, (p, answer, visits) in enumerate(samples, 1)]}
+    assert choose(row, rule, "prod", tokens) == want
+
+
+def test_a_solution_that_was_cut_off_is_chosen_last():
+    samples = [{"scores": [0.9], "answer": "1", "spent": 1, "end": "length"},
+               {"scores": [0.1], "answer": "2", "spent": 2, "end": "eos"}]
+    assert [choose({"samples": samples}, rule, "prod") for rule in ("argmax", "weighted")] == [1, 1]
+
+
+def test_a_baseline_counts_only_the_samples_that_fit_the_budget():
+    """Three samples of 40 tokens, of which the third alone is right and has the best p, beside a search of 100."""
+    pool = {"samples": [{"scores": [p], "answer": p, "spent": 40 * i, "tokens": 40, "correct": p == 0.9}
+                        for i, p in enumerate([0.1, 0.2, 0.9], 1)]}
+    row = {"cost": {"policy_generated": 100}}
+    assert compare(row, pool, partial(choose, how="prod")) == {
+        "samples": 2, "tokens": 80, "single": 0.0, "argmax": False, "weighted": False, "vote": False}
+    row = {"cost": {"policy_generated": 120}}
+    assert compare(row, pool, partial(choose, how="prod"))["argmax"]
 
 
 def test_problems_searched_together_are_searched_as_alone():
@@ -272,7 +303,6 @@ def results(file):
     rows = [json.loads(line) for line in open(file)]
     for row in rows:
         row["cost"] = row["cost"]["policy_generated"]
-        row["curve"] = [(t, i) for t, _, i in row["curve"]]
         for s in row["samples"]:
             s["scores"] = [round(p, 3) for p in s["scores"]]
     return rows
@@ -291,7 +321,8 @@ def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "search.py",
                     *SMALL, "--out", str(out)], cwd=ROOT, check=True)
     assert results(out) == one_process
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["rows.jsonl", "rows.jsonl.flags"]
+    names = ["rows.jsonl", "rows.jsonl.baseline", "rows.jsonl.flags"]
+    assert sorted(f.name for f in tmp_path.iterdir()) == names
 
 
 def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
@@ -326,7 +357,8 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     (["--n", "0"], "--n must be positive"), (["--tokens", "-5"], "--tokens must be positive"),
     (["--question", " "], "--question is empty"), (["--prm", "/nowhere"], "/nowhere: no such folder"),
     (["--policy", "/nowhere"], "pass the path of a local"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
-    (["--choose", "visited"], "for --strategy mcts"), (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
+    (["--choose", "visited"], "for --strategy mcts"), (["--strategy", "auto"], "needs --tokens"),
+    (["--strategy", "auto", "--tokens", "9", "--prm", "tiny/xs"], "tiny/xs/router.json: no such file"), (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
 def test_bad_input_is_one_clear_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         search.main(["--strategy", "beam", "--task", "gsm8k" if "--data" in flags else "tiny-math", *flags])

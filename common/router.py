@@ -1,0 +1,44 @@
+"""The router: how a budget of tokens is best spent, as measured (the future work of the talk).
+
+    python -m paper.figures router --prm runs/prm       # measures; copy router.json beside the PRM
+    python search.py --strategy auto --tokens 1000      # looks up
+
+A route is a dict of flags of search.py, with the mean tokens "generated" a problem and the
+"accuracy" that were measured with them. router.json lists the routes that no cheaper one reaches.
+"""
+import json
+import math
+import os
+from pathlib import Path
+
+
+def frontier(routes):
+    """The routes that are more accurate than every cheaper one, by their tokens."""
+    best = []
+    for route in sorted(routes, key=lambda route: (route["generated"], -route["accuracy"])):
+        if not best or route["accuracy"] > best[-1]["accuracy"]:
+            best.append(route)
+    return best
+
+
+def read_routes(prm):
+    """The routes of router.json in a PRM's folder, the cheapest first; none without the file."""
+    file = Path(prm) / "router.json"
+    return json.loads(file.read_text())["routes"] if file.exists() else []
+
+
+def route(prm, tokens):
+    """The flags that have been best for a mean of so many tokens a problem.
+
+    A route has a budget and an --until of its own, or none: `tokens` is only looked up.
+    """
+    if tokens == math.inf:
+        raise ValueError("--strategy auto needs --tokens, the mean budget of a problem")
+    routes = read_routes(prm)
+    if not routes:
+        raise ValueError(f"{prm}/router.json: no such file; paper.figures router makes it")
+    affordable = [r for r in routes if r["generated"] <= tokens] or routes[:1]  # else the cheapest
+    best = affordable[-1]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"--strategy auto for {tokens} tokens: {best}")
+    return {"tokens": math.inf, "until": math.inf, **best}
