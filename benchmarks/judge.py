@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import judge, tasks
+from common import answers, judge, tasks
 
 
 def clock():
@@ -33,10 +33,11 @@ def clock():
 
 
 def timed(function):
-    """-> (result, wall s, CPU s). The workers are stopped inside, for only ended processes are counted."""
+    """-> (result, wall s, CPU s). Workers are stopped inside, for only ended processes are counted."""
     wall, cpu = clock()
     result = function()
     judge.close()
+    answers.close()
     after = clock()
     return result, after[0] - wall, after[1] - cpu
 

@@ -1,7 +1,16 @@
 """Final answers in math: found in a solution's text, and compared with the gold answer."""
+import contextlib
 import functools
-import inspect
+import itertools
+import json
+import os
 import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
 
 from common import judge
 
@@ -61,12 +70,12 @@ def equivalent_many(pairs):
     """Is each prediction equal to its gold answer? pairs [(gold, pred)] -> [bool]; None never is.
 
     Equal strings, integers, and numbers in a base are decided at once. The rest goes to
-    math-verify, which needs milliseconds a pair and can hang on odd input: it runs in the judge's
-    sandbox, under its time limit. (math-verify's own limit is SIGALRM, which fails in threads.)
+    math-verify, which needs milliseconds a pair and can hang on odd input: it runs in a worker
+    that can be killed. (math-verify's own limit is SIGALRM, which fails in threads.)
     """
     equal = {pair: decide(*pair) for pair in pairs}
     todo = [pair for pair, verdict in equal.items() if verdict is None]
-    size = max(1, min(64, len(todo) // judge.cores()))  # a fork costs as much as a few pairs
+    size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: a bar that moves
     chunks = [(todo[i:i + size],) for i in range(0, len(todo), size)]
     for (chunk,), verdicts in zip(chunks, judge.parallel(_verify_chunk, chunks)):
         equal.update(zip(chunk, verdicts))
@@ -87,26 +96,84 @@ def decide(gold, pred):
     return None
 
 
+# ------------------------------------------------------------ workers that compare
+
+_idle = []  # workers live on between calls: importing sympy costs a second
+os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
+
+
 def _verify_chunk(pairs):
-    """One request to the sandbox. A pair that hangs or kills the child counts as unequal."""
-    program = {"kind": "call", "entry": "math_equal", "time_limit": 0.5 * judge.slowness()}
-    code = inspect.getsource(math_equal)
-    verdicts = []
-    while len(verdicts) < len(pairs):  # after a hang, the pairs behind it make another request
-        results, _, _ = judge.run_program(program, code, inputs=pairs[len(verdicts):], longer=10)
-        if ("exc", "ModuleNotFoundError") in [result[:2] for result in results]:
+    """Compare in a worker. A pair that hangs or kills it is unequal; a new one takes the rest."""
+    verdicts, limit = [], 5 * judge.slowness()
+    while len(verdicts) < len(pairs):
+        rest = pairs[len(verdicts):]
+        try:
+            worker = _idle.pop()
+        except IndexError:
+            serve_it = [sys.executable, "-c", "from common.answers import serve; serve()"]
+            worker = subprocess.Popen(serve_it, cwd=Path(__file__).parents[1],
+                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        # its CPU time is limited by itself; the wall clock is for one that waits for ever
+        patience = threading.Timer((20 * limit + 60) * len(pairs), worker.kill)
+        patience.start()
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.write(json.dumps([limit, rest]).encode() + b"\n")
+            worker.stdin.flush()
+        replies = itertools.takewhile(bool, (worker.stdout.readline() for _ in rest))
+        verdicts += [json.loads(reply) for reply in replies]
+        patience.cancel()
+        if "missing" in verdicts:
             raise RuntimeError("math answers need math-verify: "
                                "pip install 'math-verify[antlr4_13_2]'")
-        verdicts += [(status, value) == ("ok", True) for status, value, _ in results]
         if len(verdicts) < len(pairs):
             verdicts.append(False)
+            stop(worker)
+        else:
+            _idle.append(worker)
     return verdicts
 
 
-def math_equal(gold, pred):
-    """Runs in the sandbox. The gold answer comes first: math-verify's comparison is asymmetric."""
-    import re
+def stop(worker):
+    worker.kill()
+    worker.communicate()  # no zombie, no open pipes
 
+
+def close():
+    """Stop the workers; the next use starts new ones."""
+    while _idle:
+        stop(_idle.pop())
+
+
+def serve():
+    """A worker's whole life: a line [limit, pairs] in, a line for each pair out.
+
+    Beyond its CPU time a signal ends it.
+    """
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
+    for line in sys.stdin:
+        limit, pairs = json.loads(line)
+        for gold, pred in pairs:
+            signal.setitimer(signal.ITIMER_PROF, limit)
+            try:
+                verdict = math_equal(gold, pred)
+            except ModuleNotFoundError:
+                verdict = "missing"
+            except Exception:  # math-verify raises whatever sympy raises
+                verdict = False
+            signal.setitimer(signal.ITIMER_PROF, 0)
+            print(json.dumps(verdict), flush=True)
+
+
+@functools.lru_cache(10_000)
+def parse(answer):
+    """An answer as math-verify's expressions. Remembered: a vote compares each with many."""
+    import math_verify
+
+    return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+
+
+def math_equal(gold, pred):
+    """Runs in a worker. The gold answer comes first: math-verify's comparison is asymmetric."""
     import math_verify
 
     if re.fullmatch(r"-?[\d.,]+", gold.strip()):
@@ -118,5 +185,4 @@ def math_equal(gold, pred):
         pred = re.sub(number + r"\s+" + unit, r"\1", pred.strip())
     pred = re.sub(r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])", r"\\\1", pred)  # pi/2 is not p times i
     pred = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", pred)
-    gold, pred = (math_verify.parse(f"\\boxed{{{s}}}", parsing_timeout=None) for s in (gold, pred))
-    return bool(math_verify.verify(gold, pred, timeout_seconds=None))
+    return bool(math_verify.verify(parse(gold), parse(pred), timeout_seconds=None))

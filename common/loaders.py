@@ -157,19 +157,13 @@ def _bigcodebench(row, n):
                    meta={"prompt": prompt, "helpers": helpers})
 
 
-PRELUDE = "".join(f"from {m} import *\n" for m in
-                  ("typing", "collections", "functools", "itertools", "math"))
-PRELUDE += ("import bisect, collections, functools, heapq, itertools, math, operator, random, re, "
-            "string, sys\n")  # what LeetCode's statements take for granted
-
-
 def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0,
-             **meta):
+             wrapped=False, **meta):
     """The shared end of the contest loaders: stdin tests, or calls if a function is named."""
     if len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
     if entry:
-        tests = {"kind": "call", "entry": entry, "json": True, "prelude": PRELUDE}
+        tests = {"kind": "call", "entry": entry, "wrapped": wrapped}
         shown = shown or inputs[:2]
     else:
         tests = {"kind": "stdin"}
@@ -178,7 +172,7 @@ def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=()
         statement = " ".join(question.split())
         stated = [v for v in inputs if v.strip() and " ".join(v.split()) in statement]
         shown = shown or stated[:4] or inputs[:1]
-    tests.update(inputs=inputs, outputs=outputs, example_inputs=shown,
+    tests.update(inputs=inputs, outputs=outputs, example_inputs=shown, contest=True,
                  time_limit=seconds * slowness(), reference=solutions[0] if solutions else None)
     return Problem(str(name), question, "code", tests=tests, meta=meta)
 
@@ -200,7 +194,7 @@ def _apps(row, n):
     question = row["problem"] if "problem" in row else row["question"]
     question += "\n\n" + (row.get("starter_code") or "")
     return _contest(row.get("problem_id", row.get("id", n)), question.rstrip(), cases["inputs"],
-                    cases["outputs"], cases.get("fn_name"), solutions=solutions)
+                    cases["outputs"], cases.get("fn_name"), solutions=solutions, wrapped=True)
 
 
 def _integer(digits):
@@ -254,7 +248,7 @@ def _livecodebench(row, n):
 def _recoded(tests, code):
     """Tests with all values coded, without entries that hold for one form or machine only."""
     return {k: code(v) if k in ("inputs", "example_inputs", "outputs") else v
-            for k, v in tests.items() if k not in ("packed", "seconds")}
+            for k, v in tests.items() if k not in ("packed", "seconds", "expected", "broken")}
 
 
 def packed(tests):
@@ -267,11 +261,28 @@ def unpacked(tests):
     return _recoded(tests, judge.decode) if tests and tests.get("packed") else tests
 
 
+def check_tests(tests):
+    """ValueError now rather than a traceback of the judge, after all the search has been done."""
+    kind, inputs = tests.get("kind"), tests.get("inputs", [])
+    if kind not in ("call", "stdin", "assert", "unittest"):
+        raise ValueError(f"tests of kind {kind!r}")
+    if not isinstance(tests.get("time_limit") or 0.0, (int, float)):
+        raise ValueError(f"time_limit: {tests['time_limit']!r} is no number of seconds")
+    if kind in ("assert", "unittest"):
+        return
+    form = str if kind == "stdin" else (list, tuple)
+    if not inputs or not all(isinstance(args, form) for args in inputs):
+        what = "a text" if kind == "stdin" else "a list of arguments"
+        raise ValueError(f"tests of kind {kind}: inputs must be a list, each {what}")
+    if len(tests.get("outputs", [] if kind == "stdin" else inputs)) != len(inputs):
+        raise ValueError(f"{len(inputs)} inputs need as many outputs")
+
+
 def own_row(row, n):
     """This project's own form: {"id", "question", "answer"} or {"id", "question", "tests"}."""
     tests, answer = unpacked(row.get("tests")), row.get("answer")
-    if tests and tests.get("kind") not in ("call", "stdin", "assert", "unittest"):
-        raise ValueError(f"tests of kind {tests.get('kind')!r}")
+    if tests:
+        check_tests(tests)
     answer = None if answer is None else str(answer)
     return Problem(str(row["id"]), row["question"], "code" if tests else "math", answer, tests,
                    row.get("meta") or {})

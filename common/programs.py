@@ -1,0 +1,169 @@
+"""The program in a solution text (§3.1: code), prepared as the benchmarks' graders do."""
+import ast
+import contextlib
+import re
+import warnings
+
+FENCE = re.compile(r"([ \t>]*)(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*([^`\n]*)$")
+PYTHON = ("python", "py", "python3", "pycon", "ipython")
+
+
+def fenced_blocks(text):
+    """[(the first word after the fence, the block's text)], by the rules of CommonMark.
+
+    A closing fence is at least as long as the opening one, of the same character, without a word,
+    and indented by at most three more: ``` inside an indented docstring closes nothing. A block's
+    own indent (in a list item) is taken off. An unclosed block runs to the end of the text. One
+    pass over the lines; not a parser of all Markdown, for models indent blocks where CommonMark
+    sees no fence.
+    """
+    blocks, fence = [], None
+    for line in text.split("\n"):
+        opening = FENCE.match(line.rstrip())
+        if fence is None:
+            if opening:
+                # a list marker before the fence is part of the block's indent
+                indent, fence = opening.start(2), opening[2]
+                blocks.append((opening[3].split(" ")[0].strip("{}.").lower(), []))
+            continue
+        bare = line.strip()
+        closes = len(bare) >= len(fence) and not bare.strip(fence[0])
+        if closes and len(line) - len(line.lstrip()) <= indent + 3:
+            fence = None
+        else:
+            # no more than white space goes: the first lines may be indented less
+            lead = len(line) - len(line.lstrip(" \t"))
+            blocks[-1][1].append(line[min(indent, lead):])
+    return [(word, "\n".join(lines) + "\n") for word, lines in blocks if any(map(str.strip, lines))]
+
+
+def parsed(code):
+    """The syntax tree, None if there is none."""
+    with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "invalid escape sequence" is the model's business
+            return ast.parse(code)
+
+
+def extract_code(text, problem):
+    """The program in a solution text.
+
+    The last fenced block that defines the entry point, else the last that is tagged as Python, else
+    the last that parses as more than an expression (sample output follows many programs), else the
+    text. What lacks the entry point goes behind the prompt, which holds its signature and imports.
+    Programs of benchmarks with a prompt are sanitized as evalplus does, unless the problem's
+    meta["sanitize"] is False.
+    """
+    text = text.removeprefix("\ufeff")
+    meta, name = problem.meta, (problem.tests or {}).get("entry") or ""
+    prompt = meta.get("prompt")
+    word = re.escape(name)
+    defines = re.compile(rf"^[ \t]*(?:async +)?(?:def|class) +{word}\b|^{word}[ \t]*=", re.M)
+    code = choose([*fenced_blocks(text)], name and defines, text)
+    if not prompt or not name:
+        return code
+    helpers = meta.get("helpers", "")  # HumanEval/38: the prompt defines what the body may call
+    if not defines.search(code):
+        code, helpers = prompt + code, ""
+    return sanitized(code, name, helpers, meta.get("sanitize", True))
+
+
+def choose(blocks, defines, text):
+    defining = [code for _, code in blocks if defines and defines.search(code)]
+    tagged = [code for word, code in blocks if word in PYTHON]
+    parsing = [code for _, code in blocks if is_program(code)]
+    if not defining and not tagged and not parsing and is_program(text.split("```")[0]):
+        return text.split("```")[0]  # an unfenced program, and a stray fence after it
+    candidates = defining or tagged or parsing or [code for _, code in blocks] or [text]
+    return candidates[-1].removeprefix("\ufeff")
+
+
+def is_program(code):
+    tree = parsed(code)
+    if tree is None:
+        return False
+    # "3" and "a, b" parse, too; a docstring alone does not make a program
+    values = (ast.Constant, ast.Name, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.Compare)
+    return any(not isinstance(getattr(node, "value", node), values) or isinstance(node, ast.Assign)
+               for node in tree.body)
+
+
+# ------------------------------------------------------------------ as evalplus sanitizes
+
+
+def sanitized(code, entry, helpers="", strict=True):
+    """Imports, and those definitions and assignments that the entry point needs, in their order.
+
+    A call or an assert of the model's own at the end of its program is no part of the answer. Code
+    without a syntax tree loses its prose before and after, or stays as it is. Helpers go behind
+    imports from __future__, which must come first.
+    """
+    tree = parsed(code) or parsed(without_prose(code))
+    if tree is None:
+        return helpers + code
+    future = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
+    body = [n for n in tree.body if n not in future]
+    if strict:
+        needed = reachable(tree, entry)
+        body = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))
+                or names_of(n) & needed]
+    if any(entry in names_of(n) for n in body):
+        with contextlib.suppress(RecursionError):  # an expression that is nested very deeply
+            texts = ["\n".join(map(ast.unparse, nodes)) for nodes in (future, body)]
+            return "\n".join([texts[0], helpers.rstrip("\n"), texts[1]]).lstrip("\n")
+    return helpers + code
+
+
+def names_of(node):
+    """The names that a statement at the top level defines."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return {node.name}
+    if not isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign)):
+        return set()
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+    # `table[0] = 1` and `Node.next = None` belong to table and Node
+    return {n.id for t in targets for n in ast.walk(t) if isinstance(n, ast.Name)}
+
+
+def reachable(tree, entry):
+    """The entry point and all that it names, directly or not."""
+    uses = {}
+    for node in tree.body:
+        words = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
+        for name in names_of(node):
+            uses.setdefault(name, set()).update(words)
+    needed, todo = set(), [entry]
+    while todo:
+        name = todo.pop()
+        if name not in needed:
+            needed.add(name)
+            todo += uses.get(name, ())
+    return needed
+
+
+def without_prose(code):
+    """A program between sentences: from its first line of code to where it stops parsing."""
+    start = re.search(r"^(?:import |from \w|def |class |async def |@)", code, re.M)
+    code = code[start.start():] if start else code
+    for _ in range(20):  # each round cuts at one error: prose has few lines that parse
+        try:
+            ast.parse(code)
+            break
+        except SyntaxError as error:
+            code = "\n".join(code.split("\n")[:(error.lineno or 1) - 1])
+        except (ValueError, RecursionError, MemoryError):
+            break
+    return code
+
+
+def examples(question, entry):
+    """Literal arguments of the calls that a question shows: ">>> f(1, 2)" -> [[1, 2]]."""
+    found = []
+    for line in re.findall(r"^[ \t]*(?:>>>|assert\b)(.*)", question, re.M):
+        tree = parsed(line.strip())
+        calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)] if tree else ()
+        for call in calls:
+            if getattr(call.func, "id", None) == entry:
+                with contextlib.suppress(ValueError):
+                    found.append([ast.literal_eval(a) for a in call.args])
+    return found
