@@ -235,6 +235,9 @@ def test_saved_samples_of_anybody(tmp_path):
     ({"id": 1, "question": "q", "samples": [{"steps": ["a"], "scores": "x"}]}, "scores: a list"),
     ({"id": 1, "question": "q", "samples": [{"steps": []}]}, "a sample without steps"),
     ({"id": 1, "question": "q", "samples": [{"steps": ["a"], "correct": "x"}]}, "correct: true"),
+    ({"id": 2, "question": "q", "answer": "7", "samples": [{"steps": ["a"], "tokens": -5}]}, "tokens: a number from 0"),
+    ({**SEVEN, "id": 2, "picked": 9}, "picked: 9 is no index of 2"), ({**SEVEN, "id": 2, "domain": "art"}, "domain: math or"),
+    (SEVEN, "id 1 is that of line 1, too"),
     ({"id": 1, "question": "q", "samples": []}, "no samples"), ({"id": 1}, "no question")],
     ids=lambda x: x if isinstance(x, str) else "")
 def test_malformed_sample_rows_are_named(bad, message, tmp_path):

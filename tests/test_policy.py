@@ -245,6 +245,11 @@ def test_a_server_that_is_not_there(monkeypatch):
         policy.propose([policy.root("p", "Q?")], 1)
 
 
+def test_a_question_that_fills_the_context_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="does not fit into the model's context of 512: '1 1 1"):
+        make(tokenizer).root("p", "1 " * 600)
+
+
 def test_a_solution_ends_where_the_context_does(tokenizer):
     model = random_qwen()
     model.config.max_position_embeddings = 40

@@ -100,6 +100,11 @@ def test_save_and_load_give_the_same_scores(prm, tmp_path):
     assert [f.name for f in tmp_path.iterdir()] == ["prm"]
 
 
+def test_a_question_beyond_the_context_is_refused(prm):
+    with pytest.raises(ValueError, match="a question of 5.. tokens does not fit into the model's context of 512"):
+        prm.score(["1 " * 256], [["Answer: 1"]])
+
+
 def test_a_folder_that_is_not_whole_is_refused(prm, tmp_path, lm_folder):
     prm.save(tmp_path / "prm")
     (tmp_path / "prm" / "prm_head.safetensors").rename(tmp_path / "head")
@@ -108,10 +113,23 @@ def test_a_folder_that_is_not_whole_is_refused(prm, tmp_path, lm_folder):
     (tmp_path / "prm" / "prm_head.safetensors").write_bytes((tmp_path / "head").read_bytes()[:100])
     with pytest.raises(ValueError, match="not a whole safetensors file"):
         load_prm(tmp_path / "prm")
+    other = {key: weight[..., :1] for key, weight in load_file(tmp_path / "head").items()}
+    save_file({k: w.contiguous() for k, w in other.items()}, tmp_path / "prm" / "prm_head.safetensors")
+    with pytest.raises(ValueError, match="the head is of another model than the backbone \\(size mismatch for 0"):
+        load_prm(tmp_path / "prm")
     weights = load_file(tmp_path / "prm" / "model.safetensors")
+    save_file({**weights, "norm.weight": weights["norm.weight"][:5]}, tmp_path / "prm" / "model.safetensors",
+              metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"norm.weight is \[5\], and by config.json it is \[32\]"):
+        load_prm(tmp_path / "prm")
     save_file({k: v for k, v in weights.items() if k != "norm.weight"}, tmp_path / "prm" / "model.safetensors",
               metadata={"format": "pt"})
     with pytest.raises(ValueError, match="weights are missing: norm.weight"):  # transformers would make them up
+        load_prm(tmp_path / "prm")
+    save_file(weights, tmp_path / "prm" / "model.safetensors", metadata={"format": "pt"})
+    for file in (tmp_path / "prm").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match="no tokenizer is in it"):  # transformers would make one up
         load_prm(tmp_path / "prm")
     (tmp_path / "prm" / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="The folder holds: .*; needed are config.json"):

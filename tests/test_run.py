@@ -13,12 +13,15 @@ from conftest import ROOT
 from common.run import (
     add_run_flags,
     amount,
+    bar,
     check_run_flags,
     command_line,
     journaled,
     need_positive,
+    pattern,
     same_flags,
     share,
+    whole,
     whole_lines,
 )
 
@@ -117,10 +120,27 @@ def test_a_default_may_be_infinite(argv):
 
 @pytest.mark.parametrize("kind, text", [
     (share, "-0.1"), (share, "1.1"), (share, "nan"), (share, "inf"),
-    (amount, "-0.1"), (amount, "nan"), (amount, "inf")])
+    (amount, "-0.1"), (amount, "nan"), (amount, "inf"), (whole, "-1"), (whole, "0.5"), (whole, "nan")])
 def test_numbers_out_of_bounds(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"is expected, not {text}"):
         kind(text)
+
+
+def test_a_broken_regular_expression():
+    assert pattern("^a") == "^a"
+    with pytest.raises(argparse.ArgumentTypeError, match="is no regular expression: missing \\)"):
+        pattern("(")
+
+
+def test_without_a_terminal_a_bar_is_a_line_every_half_minute(capsys, monkeypatch):
+    now = [0.0]
+    with bar(4, "problems") as progress:
+        monkeypatch.setattr(progress, "_time", lambda: now[0])
+        progress.start_t = progress.last_print_t = 0.0
+        for second in (1, 20, 31, 40):
+            now[0] = second
+            progress.update()
+        assert capsys.readouterr().err.split("\n")[0].strip() == "problems: 3 of 4, 00:31 gone, 00:10 left"
 
 
 @pytest.mark.parametrize("kind, text", [(share, "0"), (share, "1"), (amount, "0"), (amount, "2e9")])

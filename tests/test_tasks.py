@@ -297,6 +297,12 @@ def test_a_mutated_reference_fails(tmp_path, name, old, new):
     assert verdict.why != "ok"
 
 
+def test_a_row_of_another_task_is_told_its_task(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"question": "Q", "answer": "#### 1"}\n')
+    with pytest.raises(ValueError, match=r"x.jsonl:1: no field 'id': it is no row of tiny-math; --task gsm8k or .* can"):
+        load("tiny-math", data=str(tmp_path / "x.jsonl"))
+
+
 @pytest.mark.parametrize("line, what", [
     ('{"question": "Q"}', "answer"), ("{oops", "not JSON"), ('["a"]', "list|str"),
     ('{"question": ' + "[" * 100_000, "nested too deeply"),
