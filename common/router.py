@@ -12,11 +12,17 @@ import os
 from pathlib import Path
 
 
-def frontier(routes):
-    """The routes that are more accurate than every cheaper one, by their tokens."""
+def frontier(routes, problems):
+    """The routes that are better than every cheaper one, by their tokens.
+
+    Better by more than a standard error (the rule of Breiman et al. 1984): otherwise the winner of
+    many measured routes is the luckiest one, and dear.
+    """
     best = []
     for route in sorted(routes, key=lambda route: (route["generated"], -route["accuracy"])):
-        if not best or route["accuracy"] > best[-1]["accuracy"]:
+        share = route["accuracy"]
+        error = (share * (1 - share) / problems) ** 0.5
+        if not best or share - best[-1]["accuracy"] > error:
             best.append(route)
     return best
 

@@ -1,7 +1,7 @@
 """Test-time scaling at equal budgets: Figures 4 and 5 (§4.2), by difficulty, and the router.
 
     python -m paper.figures fig4 --limit 200 --seeds 0 1 2 --tokens 8192
-    python -m paper.figures router --limit 100 --seeds 100 --tokens 8192    # writes OUT/router.json
+    python -m paper.figures router --limit 200 --seeds 0 1 2 --tokens 8192    # OUT/router.json
 
 Best-of-N and MCTS are run once with the largest budget, --tokens a problem: of a smaller budget B
 they have the solutions that were finished within B, and with --until those before the search would
@@ -104,18 +104,19 @@ def fig4(bench, args, axis="tokens"):
     pool = {row["id"]: row for row in lines[0].rows}
     for line in [*lines, *routed(lines, args.prm[0])]:
         for _, tokens, values in measured(line, args):
-            plain = rights([pool[row["id"]] for row in line.rows], "weighted", args.aggregate,
-                           tokens)
             for domain in by_domain(line.rows):
                 part = [i for i, row in enumerate(line.rows) if row["domain"] == domain]
-                mine, theirs = [values[i] for i in part], [plain[i] for i in part]
-                value, low, high = interval(mine)
+                rows, right = [line.rows[i] for i in part], [values[i] for i in part]
+                value, low, high = interval(right)
                 x = statistics.fmean(tokens[i] for i in part)
+                # the rival spends as much on each problem as this line on average
+                plain = rights([pool[row["id"]] for row in rows], "weighted", args.aggregate,
+                               [x] * len(rows))
                 if axis == "seconds":
-                    x *= seconds_a_token([line.rows[i] for i in part], line.flags["choose"])
+                    x *= seconds_a_token(rows, line.flags["choose"])
                 point = {"series": f"{domain}, {line.name}", "x": x, "value": value, "low": low,
-                         "high": high, "problems": len(part),
-                         "above the weighted vote": over_runs([mine], [theirs])}
+                         "high": high, "problems": len(rows),
+                         "above the weighted vote": over_runs([right], [plain])}
                 if line.flags["strategy"] == "beam":
                     point["width"] = "{k}x{m}".format(**line.flags)
                 points.append(point)
@@ -192,8 +193,8 @@ def router(bench, args):
             flags = line.flags | ({"tokens": budget} if budget < math.inf else {})
             routes.append(flags | {"generated": round(statistics.fmean(tokens)),
                                    "accuracy": round(statistics.fmean(values), 3)})
-    best = frontier(routes)
     n = len(bench.problems)
+    best = frontier(routes, n)
     if bench.rank == 0:
         file = Path(args.out) / "router.json"
         result = {"policy": name_of(args.policy), "prm": name_of(args.prm[0]), "problems": n,

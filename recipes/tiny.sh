@@ -66,9 +66,12 @@ evaluate fig1 --prms $(of xs xs) $(of s s) $(of m m) $(of l l)
 # a PRM for each evaluation of the training: fewer problems
 evaluate fig2 --prms l="$best" A="$RUN/prm-policy-${RUNS%% *}" --limit "$((LIMIT / 4))"
 evaluate fig3 --prms $(of ASLAF l) $(of LLM-A A) $(of LLM-B B) $(of truth truth) $(of masked mask)
-# four views of the same searches: the router is measured on other problems than it is shown on
-for exhibit in fig4 fig5 difficulty; do evaluate $exhibit --prm "$best" --tokens "$TOKENS" --widths $WIDTHS; done
-evaluate router --prm "$best" --tokens "$TOKENS" --widths $WIDTHS --seeds 100 --out "$RUN/aside"
+# four views of the same searches, and the router on problems that it was not measured on
+for exhibit in fig4 fig5 difficulty router; do evaluate $exhibit --prm "$best" --tokens "$TOKENS" --widths $WIDTHS; done
+cp "$RUN/router.json" "$best"
+mkdir -p "$RUN/aside"
+run routed ranks evaluate.py --exhibit fig4 --policy "$A" --prm "$best" --tokens "$TOKENS" --widths $WIDTHS --limit "$LIMIT" \
+  --seeds 100 --out "$RUN/aside"
 evaluate fig6 --prms consensus="$best" truth="$RUN/prm-truth-${RUNS%% *}" masked="$RUN/prm-mask-${RUNS%% *}"
 evaluate table1 --task tiny-code --policies A="$A" B="$B" C="$C" --prms $(of Code code) $(of Math math) $(of both l)
 run similarity ranks similarity.py --policy "$A" --prm "$best" --limit "$SIMILAR" --json "$RUN/similarity.json"

@@ -77,13 +77,15 @@ ROUTES = [{"strategy": "best_of_n", "generated": 60, "accuracy": 0.3}, {"strateg
 
 def test_the_frontier_has_no_route_that_a_cheaper_one_reaches():
     worse = {"strategy": "beam", "generated": 800, "accuracy": 0.7}
-    assert [r["generated"] for r in router.frontier([*ROUTES, worse])] == [60, 700, 900]
+    assert [r["generated"] for r in router.frontier([*ROUTES, worse], 100)] == [60, 700, 900]
+    # of 9 problems 0.1 more is less than a standard error, sqrt(0.8 * 0.2 / 9) = 0.13
+    assert [r["generated"] for r in router.frontier(ROUTES, 9)] == [60, 700]
 
 
 @pytest.mark.parametrize("tokens, strategy, until", [
     (10, "best_of_n", math.inf), (899, "mcts", 0.5), (900, "beam", math.inf), (10 ** 6, "beam", math.inf)])
 def test_a_budget_is_looked_up(tokens, strategy, until, tmp_path):
-    (tmp_path / "router.json").write_text(json.dumps({"routes": router.frontier(ROUTES)}))
+    (tmp_path / "router.json").write_text(json.dumps({"routes": router.frontier(ROUTES, 100)}))
     found = router.route(tmp_path, tokens)
     assert (found["strategy"], found["until"], found["tokens"]) == (strategy, until, math.inf)
 
