@@ -7,6 +7,7 @@
 The server keeps a prefix cache of its own, and what that spares cannot be seen from here:
 `prefilled` stays 0. Retries, timeouts and OPENAI_API_KEY are the openai client's business.
 """
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,14 +15,35 @@ from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
 
 
+def connect(url, retries=5):
+    """The openai client of a server: it retries after growing pauses."""
+    from openai import OpenAI  # imported where it is needed: seconds that others need not wait
+    return OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                  max_retries=retries, timeout=600)
+
+
+def answered(client, request):
+    """request(), with one-line errors."""
+    from openai import APIConnectionError, APIStatusError
+    url = str(client.base_url).rstrip("/")
+    try:
+        return request()
+    except APIStatusError as error:
+        raise ValueError(f"{url} refused the request ({error.status_code}): "
+                         f"{error.message[:500]}") from error
+    except APIConnectionError as error:
+        raise ValueError(f"{url} did not answer, in {client.max_retries + 1} tries: "
+                         f"{error.__cause__ or error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{url} sent malformed JSON ({error})") from error
+
+
 class ServerPolicy:
     """tokenizer: of a chat model, only to put the question into its template."""
 
     def __init__(self, url, model, tokenizer=None, separator="\n\n", seed=0, temperature=1.0,
                  top_p=1.0, max_step_tokens=512, max_steps=40, max_solution_tokens=2048, retries=5):
-        from openai import OpenAI  # imported where it is needed: seconds that others need not wait
-        self.client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                             max_retries=retries, timeout=600)
+        self.client = connect(url, retries)
         self.url = url
         self.served = model
         if tokenizer and not tokenizer.chat_template:
@@ -69,17 +91,9 @@ class ServerPolicy:
 
     def _ask(self, request, n, key):
         """The server's choices, each with its tokens' log-probabilities as `logps`."""
-        from openai import APIConnectionError, APIStatusError
-        try:
-            # the seed is the first sample's key, so that a rerun draws the same
-            reply = self.client.completions.create(model=self.served, n=n, seed=key % (1 << 31),
-                                                   logprobs=0, **self.sampling, **request)
-        except APIStatusError as error:
-            raise ValueError(f"{self.url} refused the request ({error.status_code}): "
-                             f"{error.message[:500]}") from error
-        except APIConnectionError as error:
-            raise ValueError(f"{self.url} did not answer, in {self.client.max_retries + 1} tries: "
-                             f"{error.__cause__ or error}") from error
+        # the seed is the first sample's key, so that a rerun draws the same
+        reply = answered(self.client, lambda: self.client.completions.create(
+            model=self.served, n=n, seed=key % (1 << 31), logprobs=0, **self.sampling, **request))
         if not reply.choices:
             raise ValueError(f"{self.url} sent no choices")
         for choice in reply.choices:
