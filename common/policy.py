@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
 from common.models import bos, check, dtype_of, load_pretrained, own_logits
@@ -319,7 +319,7 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
 
     dtype: a name; None is bfloat16 on cuda and float32 elsewhere. served: the server's name of the
     model; if it is a hub id or a folder, the question is put into its chat template. separator
-    None: what the folder's config says ("step_separator", as in tiny/), else an empty line.
+    None: what the model's config says ("step_separator", as in tiny/), else an empty line.
     """
     path = str(path)
     if path.startswith(("http://", "https://")):
@@ -329,7 +329,9 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
         keywords.pop("max_batch_tokens", None)
         known = "/" in served or Path(served).is_dir()
         tokenizer = load_pretrained(AutoTokenizer, served) if known else None
-        return ServerPolicy(path, served, tokenizer, separator=separator or "\n\n", **keywords)
+        config = load_pretrained(AutoConfig, served) if known else None
+        separator = separator or getattr(config, "step_separator", None) or "\n\n"
+        return ServerPolicy(path, served, tokenizer, separator=separator, **keywords)
     tokenizer = load_pretrained(AutoTokenizer, path)
     model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype_of(dtype, device))
     check(model.to(device).eval(), path)
