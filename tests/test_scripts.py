@@ -6,7 +6,7 @@ import pytest
 from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
-FLOORS = ["run", "data", "judge", "answers", "loaders", "tasks", "node", "cache", "models", "policy", "published",
+FLOORS = ["run", "data", "judge", "answers", "loaders", "tasks", "node", "cache", "models", "thinking", "policy", "published",
           "examples", "server", "prm_server", "metrics", "router", "results", "driver", "responses", "samples", "solutions",
           "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
