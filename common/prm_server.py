@@ -50,7 +50,9 @@ class ServerPRM:
 
     def _model(self, name):
         """(name on the server, what it has loaded) of the model of that name, or of the first."""
-        reply = answered(self.client, lambda: self.client.get("/v1/models", cast_to=object))
+        client = self.client.with_options(max_retries=min(2, self.client.max_retries))
+        # two seconds, not twenty, until a wrong address is an error
+        reply = answered(client, lambda: client.get("/v1/models", cast_to=object))
         try:
             cards = {card["id"]: card.get("root") or card["id"] for card in reply["data"]}
         except (AttributeError, KeyError, TypeError) as error:

@@ -150,7 +150,7 @@ def test_a_search_is_the_one_with_the_local_prm(address, tmp_path):
 
 
 def test_two_failures_are_retried(address, local):
-    Handler.failures = 2
+    Handler.failures = 2  # HTTP 503
     assert flat(load_prm(address).score([QUESTION], [STEPS])) == pytest.approx(flat(local.score([QUESTION], [STEPS])),
                                                                                abs=1e-6)
     assert len(Handler.seen) == 3
@@ -179,6 +179,11 @@ def test_a_server_that_does_not_score_is_one_line(address, state, message, monke
 def test_an_address_that_is_wrong(address, suffix, message):
     with pytest.raises(ValueError, match=message):
         ServerPRM(address + suffix, load_prm, retries=0)
+
+
+def test_a_server_that_is_not_there_is_soon_an_error():
+    with pytest.raises(ValueError, match="http://127.0.0.1:9 did not answer, in 3 tries"):
+        load_prm("http://127.0.0.1:9")
 
 
 def test_the_script_shows_scores_but_cannot_export(address, capsys, tmp_path):
