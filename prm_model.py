@@ -8,8 +8,8 @@ at the separator's last token, so one forward scores all steps of a solution.
         --steps "January: 7+5=11" "Answer: 11"
     python prm_model.py --prm tiny/prm --file samples.jsonl    # sample rows or stepwise rows
 
---prm takes a folder that train.py wrote or a published PRM (common/published.py lists them). Of a
-plain LM, --fresh-head shows an untrained head, whose scores mean nothing.
+--prm takes a folder that train.py wrote, a published PRM (common/published.py lists them), or a
+server (common/prm_server.py). Of a plain LM, --fresh-head shows an untrained head.
 
 Shapes: B solutions, T tokens, M steps that get a p_t (in training: labelled ones), h hidden size.
 """
@@ -30,6 +30,7 @@ from common.cache import batches, encode_missing
 from common.data import read_solutions
 from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained, must_fit
 from common.page import Page, solution_tree
+from common.prm_server import ServerPRM
 from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed
@@ -111,8 +112,7 @@ class PRM(nn.Module):
     def score(self, questions, solutions):
         """p_t of every step: questions (B) texts, solutions (B) lists of steps -> (B) lists of p_t.
 
-        Each solution is encoded once, in one forward for all its steps; a batch holds solutions of
-        similar length.
+        Each solution is encoded once; a batch holds solutions of similar length.
         """
         device = self.backbone.device
         items = []
@@ -149,8 +149,7 @@ class PRM(nn.Module):
         nodes = [node for node in hidden if node.parent]  # the prompt has no score
         if not nodes:
             return {}
-        hidden_Mh = torch.stack([hidden[node] for node in nodes])
-        logits_M = self.head(hidden_Mh).squeeze(-1).float()
+        logits_M = self.head(torch.stack([hidden[node] for node in nodes])).squeeze(-1).float()
         return dict(zip(nodes, logits_M.sigmoid().tolist()))
 
     def save(self, folder, state=None):
@@ -196,12 +195,14 @@ HEAD_FILE = "prm_head.safetensors"
 
 
 def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
-    """A PRM from a folder or hub id. A ValueError says what is missing, or how to get it.
+    """A PRM from a folder, hub id or server. A ValueError says what is missing, or how to get it.
 
     fresh: an LM that is no PRM gets an untrained head. device "meta": shapes only, which FSDP
     fills. keywords (separator, template, dropout, ...) override what the folder says.
     """
     path = str(path)
+    if path.startswith(("http://", "https://")):
+        return ServerPRM(path, load_prm, **keywords)
     dtype = dtype_of(dtype, device)
     config = load_pretrained(AutoConfig, path)
     form = getattr(config, "prm", None) or {}
@@ -228,7 +229,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
 def main(argv=None):
     parser = command_line(__doc__)
     a = parser.add_argument
-    a("--prm", default=str(TINY / "prm"), help="folder or hub id")
+    a("--prm", default=str(TINY / "prm"), help="folder, hub id, or http://host:port of a server")
     a("--question")
     a("--steps", nargs="+", help="the solution, one argument a step")
     a("--file", help="JSONL of sample rows or stepwise rows (see common/data.py)")

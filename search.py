@@ -275,7 +275,7 @@ def add_search_flags(parser):
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, weighted for MCTS, else argmax)")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    a("--prm", nargs="+", default=[str(run.TINY / "prm")], help="folders or hub ids: mean p_t")
+    a("--prm", nargs="+", default=[str(run.TINY / "prm")], help="folders, ids, http://...: mean p")
     a("--concurrent", type=int, default=100, help="problems searched together (100)")
 
 

@@ -204,7 +204,7 @@ def main(argv=None):
     a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
     a("--policy", default=str(run.TINY / "A"), help="folder or hub id")
-    a("--prm", default=str(run.TINY / "prm"), help="folder or hub id")
+    a("--prm", default=str(run.TINY / "prm"), help="folder, hub id or http://...")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="reward, of the steps' p_t (prod)")
     a("--temperature", type=run.amount, default=1.0, help="0 is greedy (1)")
     a("--max-solution-tokens", type=int, default=2048, help="tokens of a response (2048)")

@@ -11,9 +11,12 @@ the policy, scores in one pass of the PRM, and hands each generator its own node
 be read one problem at a time, as in the paper, and a GPU still sees full batches.
 """
 import math
+import os
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from itertools import chain, islice
 
 
@@ -98,6 +101,8 @@ def new_tokens(request, groups):
 
 def run_together(searches, policy, prms=(), progress=None):
     """Advance all searches until each is done or has spent its budget. progress: a tqdm bar."""
+    for prm in prms:
+        compare_separators(policy, prm)
     live = [search for search in searches if search.request]
     while live:
         for whole in (False, True):  # too different in length to share a batch
@@ -109,6 +114,23 @@ def run_together(searches, policy, prms=(), progress=None):
             progress.set_postfix_str(f"{tokens} tokens", refresh=False)
             progress.update(sum(search.request is None for search in live))
         live = [search for search in live if search.request]
+
+
+def compare_separators(policy, prm):
+    """Warn if the PRM was trained on steps that end otherwise than the policy's: the steps that it
+    scores would be of another size."""
+    form = getattr(prm, "format", {"separator": ""})  # some scorers are no models
+    theirs = form["separator"]
+    # A mark such as <extra_0> and RLHFlow's turns stand behind steps of any kind.
+    if theirs.isspace() and theirs != policy.separator and form["template"] != "rlhflow":
+        warn_once(f"warning: the policy ends a step by {policy.separator!r}, the PRM was trained "
+                  f"with {theirs!r}: --separator {theirs!r} makes them equal")
+
+
+@cache
+def warn_once(text):
+    if os.environ.get("RANK", "0") == "0":
+        print(text, file=sys.stderr)
 
 
 def answer(batch, whole, policy, prms):

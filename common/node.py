@@ -19,6 +19,7 @@ class Node:
     scores: list = field(default_factory=list)  # the same for each PRM of several
     kv: dict = field(default_factory=dict)      # model -> (tokens, L, 2, H, D) of its own tokens
     hidden: dict = field(default_factory=dict)  # model -> (h) hidden state of its last token
+    thought: str = ""               # what a thinking model writes before its first step
 
     def line(self):
         """This node and all before it, from the root."""

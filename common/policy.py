@@ -12,6 +12,7 @@ that speaks OpenAI's /v1/completions (server.py).
 
 Shapes: B rows, V vocabulary, h hidden size.
 """
+import json
 import re
 import sys
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.cache import PathBatch, batches, encode_missing
 from common.models import bos, check, dtype_of, load_pretrained, must_fit, own_logits
 from common.node import Node, child_key, next_keys
+from common.thinking import split_thought, thought_length, thought_of
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
 INSTRUCTION = {
@@ -33,11 +35,12 @@ INSTRUCTION = {
              "\"First wrong step: none\"."}  # annotate.py --judge
 
 
-def chat_prompt(tokenizer, question, domain, tokenize):
-    """The question in the model's chat template, as token ids or as text."""
+def chat_prompt(tokenizer, question, domain, tokenize, thinking=False):
+    """The question in the model's chat template, as token ids or as text. Templates that do not
+    know enable_thinking ignore it."""
     messages = [{"role": "user", "content": f"{question}\n\n{INSTRUCTION[domain]}"}]
     return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=tokenize,
-                                         return_dict=False)
+                                         return_dict=False, enable_thinking=thinking)
 
 
 # ------------------------------------------------------------ sampling
@@ -99,12 +102,14 @@ def step_end(text, separator):
     return at
 
 
-def split_steps(ids, tokenizer, separator, closing):
+def split_steps(ids, tokenizer, separator, closing, opening=""):
     """Spans (a, b) of the steps in a whole solution's ids, cut where propose() would have stopped.
-    closing: the set of ids that can complete a separator."""
+    closing: the set of ids that can complete a separator. A thought belongs to the first step."""
     spans = []
-    a = 0
-    for b in range(1, len(ids) + 1):
+    a = thought_length(ids, tokenizer, opening)
+    if a == len(ids):
+        return [(0, a)]  # no step yet
+    for b in range(a + 1, len(ids) + 1):
         may_end = ids[b - 1] in closing
         if b == len(ids) or may_end and step_end(tokenizer.decode(ids[a:b]), separator) >= 0:
             spans.append((a, b))
@@ -113,23 +118,24 @@ def split_steps(ids, tokenizer, separator, closing):
     if len(spans) > 1 and not last.strip():
         # nothing but the end-of-text token is left: it belongs to the step before
         spans[-2:] = [(spans[-2][0], spans[-1][1])]
-    return spans
+    return [(0, spans[0][1]), *spans[1:]]
 
 
 # ------------------------------------------------------------ the policy
 
 class Policy:
     """A causal LM that proposes steps. Its counters of tokens (generated, prefilled) only grow."""
-    context = None  # a server knows its own
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
                  max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
-                 max_batch_tokens=None, name="policy"):
+                 max_batch_tokens=None, name="policy", thinking=False):
         model.set_attn_implementation("sdpa")  # the one that takes our masks
         self.lm = model
         self.model = model.base_model
         self.tokenizer = tokenizer
         self.separator = separator
+        self.thinking = thinking
+        self.opening, self.no_thought = thought_of(tokenizer, thinking)
         self.name = name
         self.seed = seed
         self.temperature = temperature
@@ -165,14 +171,15 @@ class Policy:
     def _ids(self, text, domain=None):
         """Tokens of a step, or of the prompt, which has a domain."""
         if domain and self.tokenizer.chat_template:
-            return chat_prompt(self.tokenizer, text, domain, tokenize=True)
+            return chat_prompt(self.tokenizer, text, domain, True, self.thinking)
         ids = self.tokenizer(text + self.separator, add_special_tokens=False)["input_ids"]
         return bos(self.tokenizer) + ids if domain else ids
 
     def adopt(self, node, text):
         """Existing text as a step below a node. Its tokens count as prefilled, not as generated."""
-        return Node(text, node, self._ids(text), key=child_key(node.key, f"adopted 0 {text}"),
-                    depth=node.depth + 1, domain=node.domain)
+        thought = "" if node.parent else self.no_thought
+        return Node(text, node, self._ids(thought + text), depth=node.depth + 1, thought=thought,
+                    key=child_key(node.key, f"adopted 0 {text}"), domain=node.domain)
 
     def propose(self, nodes, n):
         """n next steps below each node (n: a number, or one a node) -> for each a list of nodes."""
@@ -195,14 +202,12 @@ class Policy:
         jobs = []  # (node, key), one a sample
         for node, keys in groups:
             jobs += [(node, key) for key in keys]
-        steps = self.max_steps if whole else 1
-        limit = min(self.max_solution_tokens, self.max_step_tokens * steps)
 
         def width(job):
-            return sum(len(node.ids) for node in job[0].line()) + min(limit, 256)
+            return sum(len(n.ids) for n in job[0].line()) + min(self._limit(job[0], whole), 256)
         children = {}
         for batch in batches(jobs, width, self.max_batch_tokens):
-            samples = self._sample_rows(batch, whole, limit)
+            samples = self._sample_rows(batch, whole)
             for (node, key), (ids, logps, kv) in zip(batch, samples):
                 children[node, key] = self._nodes(node, key, ids, logps, kv, whole)
         found = []
@@ -210,9 +215,17 @@ class Policy:
             found.append([children[node, key] for key in keys])
         return found
 
-    def _sample_rows(self, batch, whole, limit):
+    def _limit(self, node, whole):
+        """Tokens that are sampled below a node in one go. A thought may be longer than a step."""
+        thinks = node.parent is None and (self.thinking or self.opening)
+        step = self.max_solution_tokens if thinks else self.max_step_tokens
+        return min(self.max_solution_tokens, step * (self.max_steps if whole else 1))
+
+    def _sample_rows(self, batch, whole):
         """The decoding loop: (node, key) -> (ids, log-probabilities, keys and values) for each."""
         device = self.model.device
+        limits = [self._limit(node, whole) for node, _ in batch]
+        limit = max(limits)
         head = self._logits
         parents = {}  # each is laid out once, then repeated
         index = [parents.setdefault(node, len(parents)) for node, _ in batch]
@@ -224,6 +237,7 @@ class Policy:
         alive = torch.arange(len(batch), device=device)  # the batch item that each row works on
         length = torch.zeros_like(alive)  # tokens of the rows that have stopped, 0 of the others
         most = torch.tensor([self._most(node) for node, _ in batch], device=device)
+        most = most.minimum(rows.position + torch.tensor(limits, device=device))
         tokens, logps = [], []            # a tensor (rows) for each t
         results = [None] * len(batch)
         for t in range(limit):
@@ -231,9 +245,9 @@ class Policy:
             tokens.append(token)
             logps.append(logp)
             full = rows.position + 1 >= most[alive]
-            stop = torch.isin(token, self.eos) | full | (t == limit - 1)
+            stop = torch.isin(token, self.eos) | full
             if not whole:
-                self._stop_at_separators(stop, length, token, tokens)
+                self._stop_at_separators(stop, length, token, tokens, batch, alive)
             length = torch.where(stop & (length == 0), t + 1, length)
             stopped = length.nonzero()[:, 0]
             # A stopped row costs as much as a live one, but taking it out copies the cache: wait
@@ -260,12 +274,18 @@ class Policy:
     def _logits(self, hidden):
         return own_logits(self.lm, hidden)
 
-    def _stop_at_separators(self, stop, length, token, tokens):
+    def _opening(self, parent):
+        """What the prompt has written of the thought of a step below this node."""
+        return "" if parent.parent else self.opening
+
+    def _stop_at_separators(self, stop, length, token, tokens, batch, alive):
         """Set stop (rows) where the tokens so far end in a separator."""
         candidates = (self.closing[token] & ~stop & (length == 0)).nonzero()[:, 0]
         if len(candidates):
             texts = self.tokenizer.batch_decode(torch.stack(tokens, 1)[candidates].tolist())
-            ended = [step_end(text, self.separator) >= 0 for text in texts]
+            pairs = zip(texts, alive[candidates].tolist())
+            steps = [split_thought(text, self._opening(batch[i][0]))[1] for text, i in pairs]
+            ended = [step_end(step, self.separator) >= 0 for step in steps]
             stop[candidates] = torch.tensor(ended, device=stop.device)
 
     def _most(self, node):
@@ -276,22 +296,25 @@ class Policy:
         """The sampled tokens as nodes below parent, one a step; returns the last."""
         self.generated += len(ids)
         spans = [(0, len(ids))]
+        opening = self._opening(parent)
         if whole:
-            spans = split_steps(ids, self.tokenizer, self.separator, self.closing_ids)
+            spans = split_steps(ids, self.tokenizer, self.separator, self.closing_ids, opening)
         node = parent
         for i, (a, b) in enumerate(spans):
             text = self.tokenizer.decode(ids[a:b], skip_special_tokens=True)
+            thought, text = ("", text) if i else split_thought(text, opening)
             text = text.removesuffix(self.separator).strip("\n")
             own_key = key if i == len(spans) - 1 else child_key(key, f"step {i}")
             node = Node(text, node, ids[a:b], sum(logps[a:b]), key=own_key, depth=node.depth + 1,
-                        domain=parent.domain)
+                        domain=parent.domain, thought=thought)
         tokens = sum(len(n.ids) for n in node.line())
         cut = whole or node.depth >= self.max_steps or tokens >= self._most(node)
         if ids[-1] in self.eos_ids:
             node.end = "eos"
         elif FINAL.search(node.text):
             node.end = "answer"
-        elif cut or step_end(self.tokenizer.decode(ids), self.separator) < 0:
+        elif cut or step_end(split_thought(self.tokenizer.decode(ids), opening)[1],
+                             self.separator) < 0:
             node.end = "length"
         if kv is not None and node.end is None:
             node.kv[self.name] = kv
@@ -318,24 +341,31 @@ def decoded_at_once(model):
 # ------------------------------------------------------------ loading
 
 def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **keywords):
-    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address.
+    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address. ?thinking=on
+    behind it, or thinking=True, lets a model think (common/thinking.py).
 
     dtype: a name; None is bfloat16 on cuda and float32 elsewhere. served: the server's name of the
     model; if it is a hub id or a folder, the question is put into its chat template. separator
-    None: what the folder's config says ("step_separator", as in tiny/), else an empty line.
+    None: what the model's config says ("step_separator", as in tiny/), else an empty line.
     """
-    path = str(path)
-    if path.startswith(("http://", "https://")):
+    home, _, thinking = str(path).partition("?thinking=")
+    if thinking not in ("", "on", "off"):
+        raise ValueError(f"{path}: on or off is expected")
+    keywords["thinking"] = keywords.get("thinking", thinking == "on")
+    if home.startswith(("http://", "https://")):
         if not served:
             raise ValueError("a server needs --policy-model, its name of the model")
         from common.server import ServerPolicy  # which is a Policy but for the model
         keywords.pop("max_batch_tokens", None)
         known = "/" in served or Path(served).is_dir()
         tokenizer = load_pretrained(AutoTokenizer, served) if known else None
-        return ServerPolicy(path, served, tokenizer, separator=separator or "\n\n", **keywords)
-    tokenizer = load_pretrained(AutoTokenizer, path)
-    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype_of(dtype, device))
-    check(model.to(device).eval(), path)
+        config = Path(served, "config.json")
+        if not separator and config.is_file():  # a folder of ours; the hub's models do not say
+            separator = json.loads(config.read_text()).get("step_separator")
+        return ServerPolicy(home, served, tokenizer, separator=separator or "\n\n", **keywords)
+    tokenizer = load_pretrained(AutoTokenizer, home)
+    model = load_pretrained(AutoModelForCausalLM, home, dtype=dtype_of(dtype, device))
+    check(model.to(device).eval(), home)
     separator = separator or getattr(model.config, "step_separator", None) or "\n\n"
     return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
 

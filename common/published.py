@@ -209,6 +209,8 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
 
 def export(prm, folder):
     """Write a PRM as a Qwen2ForProcessRewardModel, which vLLM serves. load_prm reads that, too."""
+    if not hasattr(prm, "backbone"):
+        raise ValueError("--export: the weights of a PRM on a server are not here")
     config = copy.deepcopy(prm.backbone.config)
     if config.model_type != "qwen2":
         raise ValueError(f"--export: vLLM has no class for a PRM of type {config.model_type}, only "

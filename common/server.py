@@ -7,12 +7,37 @@
 The server keeps a prefix cache of its own, and what that spares cannot be seen from here:
 `prefilled` stays 0. Retries, timeouts and OPENAI_API_KEY are the openai client's business.
 """
+import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
+from common.thinking import END, split_thought, thought_of
+
+
+def connect(url, retries=5):
+    """The openai client of a server: it retries after growing pauses."""
+    from openai import OpenAI  # imported where it is needed: seconds that others need not wait
+    return OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
+                  max_retries=retries, timeout=600)
+
+
+def answered(client, request):
+    """request(), with one-line errors."""
+    from openai import APIConnectionError, APIStatusError
+    url = str(client.base_url).rstrip("/")
+    try:
+        return request()
+    except APIStatusError as error:
+        raise ValueError(f"{url} refused the request ({error.status_code}): "
+                         f"{error.message[:500]}") from error
+    except APIConnectionError as error:
+        raise ValueError(f"{url} did not answer, in {client.max_retries + 1} tries: "
+                         f"{error.__cause__ or error}") from error
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{url} sent malformed JSON ({error})") from error
 
 
 class ServerPolicy:
@@ -20,15 +45,15 @@ class ServerPolicy:
 
     def __init__(self, url, model, tokenizer=None, separator="\n\n", seed=0, temperature=1.0,
                  top_p=1.0, max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
-                 retries=5):
-        from openai import OpenAI  # imported where it is needed: seconds that others need not wait
-        self.client = OpenAI(base_url=url, api_key=os.environ.get("OPENAI_API_KEY", "none"),
-                             max_retries=retries, timeout=600)
+                 retries=5, thinking=False):
+        self.client = connect(url, retries)
         self.url = url
         self.served = model
         if tokenizer and not tokenizer.chat_template:
             tokenizer = None  # the server gets text, and its own tokenizer adds the BOS
         self.tokenizer = tokenizer
+        self.thinking = thinking
+        self.opening, self.no_thought = thought_of(tokenizer, thinking)
         self.separator = separator
         self.seed = seed
         self.sampling = {"temperature": temperature, "top_p": top_p}
@@ -44,6 +69,7 @@ class ServerPolicy:
         self.prefilled = 0
 
     root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
+    _limit, _opening = Policy._limit, Policy._opening
 
     def _ids(self, text, domain=None):
         return ()  # the server has the tokens
@@ -58,9 +84,8 @@ class ServerPolicy:
 
     def _sample(self, parent, keys, whole):
         """One request for all samples of a node, or several where a server ignores n."""
-        steps = self.max_steps if whole else 1
         left = self.max_solution_tokens - parent.tokens()
-        most = max(1, min(left, self.max_step_tokens * steps))
+        most = max(1, min(left, self._limit(parent, whole)))
         request = {"prompt": self._text(parent), "max_tokens": most}
         if not whole:
             request["stop"] = [self.separator]
@@ -72,17 +97,9 @@ class ServerPolicy:
 
     def _ask(self, request, n, key):
         """The server's choices, each with its tokens' log-probabilities as `logps`."""
-        from openai import APIConnectionError, APIStatusError
-        try:
-            # the seed is the first sample's key, so that a rerun draws the same
-            reply = self.client.completions.create(model=self.served, n=n, seed=key % (1 << 31),
-                                                   logprobs=0, **self.sampling, **request)
-        except APIStatusError as error:
-            raise ValueError(f"{self.url} refused the request ({error.status_code}): "
-                             f"{error.message[:500]}") from error
-        except APIConnectionError as error:
-            raise ValueError(f"{self.url} did not answer, in {self.client.max_retries + 1} tries: "
-                             f"{error.__cause__ or error}") from error
+        # the seed is the first sample's key, so that a rerun draws the same
+        reply = answered(self.client, lambda: self.client.completions.create(
+            model=self.served, n=n, seed=key % (1 << 31), logprobs=0, **self.sampling, **request))
         if not reply.choices:
             raise ValueError(f"{self.url} sent no choices")
         for choice in reply.choices:
@@ -101,22 +118,10 @@ class ServerPolicy:
 
     def _nodes(self, parent, key, choice, request, whole):
         """A choice as nodes below parent, one a step; returns the last."""
-        text, logps = choice.text, choice.logps
-        self.returns_separator |= not whole and text.endswith(self.separator)
-        # A separator inside a code fence ends no step: ask for what follows.
-        while not whole and choice.finish_reason == "stop" and stopped_by(choice) != "end" and \
-                text.count("```") % 2:
-            left = request["max_tokens"] - len(logps)
-            if left <= 0:
-                choice.finish_reason = "length"
-                break
-            text = text.removesuffix(self.separator) + self.separator
-            more = request | {"prompt": request["prompt"] + text, "max_tokens": left}
-            [choice] = self._ask(more, 1, key)
-            if not choice.text:
-                break  # an end of text inside the fence: asking again would change nothing
-            text, logps = text + choice.text, logps + choice.logps
-            self.returns_separator |= choice.text.endswith(self.separator)
+        text, logps, opening = choice.text, choice.logps, self._opening(parent)
+        if not whole:
+            text, logps, choice = self._whole_step(choice, request, key, opening)
+        thought, text = split_thought(text, opening)
         parts = cut(text, self.separator) if whole else [text]
         share = len(logps) // len(parts)  # the reply does not say which token is in which step
         node = parent
@@ -125,7 +130,7 @@ class ServerPolicy:
             own_key = key if i == len(parts) - 1 else child_key(key, f"step {i}")
             node = Node(part.removesuffix(self.separator).strip("\n"), node, [0] * count,
                         0.0 if i else sum(logps), key=own_key, depth=node.depth + 1,
-                        domain=parent.domain)
+                        domain=parent.domain, thought="" if i else thought)
         if FINAL.search(node.text):
             node.end = "answer"
         elif choice.finish_reason == "length":
@@ -135,6 +140,30 @@ class ServerPolicy:
         elif node.depth >= self.max_steps:
             node.end = "length"
         return node
+
+    def _whole_step(self, choice, request, key, opening):
+        """(text, log-probabilities, last choice) of a step. A separator inside a thought or a code
+        fence ends no step: ask for what follows."""
+        text, logps, stop = choice.text, choice.logps, self.separator
+        while choice.finish_reason == "stop" and stopped_by(choice) != "end":
+            self.returns_separator |= stop == self.separator and choice.text.endswith(stop)
+            # the server leaves out what stopped it, or it does not
+            longer = text.removesuffix(stop) + (f"{END}\n\n" if stop == END else stop)
+            thought, step = split_thought(longer, opening)
+            thinks = thought and END not in thought
+            if not thinks and (step.strip() or not thought) and step.count("```") % 2 == 0:
+                break
+            left = request["max_tokens"] - len(logps)
+            if left <= 0:
+                choice.finish_reason = "length"
+                break
+            text, stop = longer, END if thinks else self.separator
+            more = {"prompt": request["prompt"] + text, "max_tokens": left, "stop": [stop]}
+            [choice] = self._ask(request | more, 1, key)
+            if not choice.text and not thinks:
+                break  # an end of text inside the fence: asking again would change nothing
+            text, logps = text + choice.text, logps + choice.logps
+        return text, logps, choice
 
     def _is_over(self, choice, text):
         """Was it the end of text, not the separator? A server that does not say shows it by leaving
@@ -147,8 +176,8 @@ class ServerPolicy:
         root = node.root()
         prompt = root.text + self.separator
         if self.tokenizer:
-            prompt = chat_prompt(self.tokenizer, root.text, root.domain, tokenize=False)
-        return prompt + "".join(step.text + self.separator for step in node.path())
+            prompt = chat_prompt(self.tokenizer, root.text, root.domain, False, self.thinking)
+        return prompt + "".join(s.thought + s.text + self.separator for s in node.path())
 
 
 def stopped_by(choice):

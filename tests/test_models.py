@@ -1,6 +1,7 @@
 """Models of others: each published PRM layout scores as its own forward does; each policy is exact or refused."""
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 )
 
 from benchmarks import families
+from common.driver import run_together, warn_once
 from common.models import bos, check
 from common.policy import Policy, load_policy
 from common.published import export, fold
@@ -292,3 +294,26 @@ def test_bos_once_where_the_tokenizer_adds_it(tokenizer):
 
 def test_a_server_without_a_template_gets_text_and_adds_the_bos(tokenizer):
     assert "extra_body" not in ServerPolicy("http://127.0.0.1:9/v1", "m", tokenizer).sampling
+
+
+# ------------------------------------------------------------ one separator for both
+
+
+@pytest.mark.parametrize("policy, separator, template, warns", [
+    ("\n\n", "\n", "plain", True), ("\n", "\n", "plain", False), ("\n\n", "\n", "trl", True),
+    ("\n\n", "<extra_0>", "chat", False), ("\n\n", "\n", "rlhflow", False)])
+def test_separators_that_differ_are_one_line(capsys, policy, separator, template, warns):
+    policy = SimpleNamespace(separator=policy)
+    prm = SimpleNamespace(format={"separator": separator, "template": template})
+    warn_once.cache_clear()
+    for _ in range(2):  # but not again for each batch of problems
+        run_together([], policy, [prm, object()])
+    want = ["warning: the policy ends a step by '\\n\\n', the PRM was trained with '\\n': --separator '\\n' makes "
+            "them equal"] if warns else []
+    assert capsys.readouterr().err.splitlines() == want
+
+
+@pytest.mark.parametrize("served, said, want", [(str(TINY / "A"), None, "\n"), (str(TINY / "A"), "%", "%"),
+                                                ("m", None, "\n\n")])
+def test_a_server_takes_the_separator_of_the_folder_that_it_serves(served, said, want):
+    assert load_policy("http://127.0.0.1:9/v1", served=served, separator=said).separator == want

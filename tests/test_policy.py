@@ -235,6 +235,7 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
     tokenizer.save_pretrained(tmp_path)
     policy = load_policy("http://127.0.0.1:9/v1", served=str(tmp_path))
     text = policy._text(policy.adopt(policy.root("p", "Q?"), "one"))
+    assert policy.sampling["extra_body"] == {"add_special_tokens": False}  # the template has its BOS
     assert text.startswith("<user>Q?\n\nSolve step by step") and text.endswith("<assistant>one\n\n")
 
 
