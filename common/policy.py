@@ -120,7 +120,6 @@ def split_steps(ids, tokenizer, separator, closing):
 
 class Policy:
     """A causal LM that proposes steps. Its counters of tokens (generated, prefilled) only grow."""
-    context = None  # a server knows its own
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
                  max_step_tokens=512, max_steps=40, max_solution_tokens=2048, max_batch_tokens=None,

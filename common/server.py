@@ -40,6 +40,7 @@ class ServerPolicy:
         self.generated = 0
         self.prefilled = 0
 
+    context = None  # the server knows it, and says so
     root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
 
     def _ids(self, text, domain=None):
