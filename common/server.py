@@ -68,6 +68,7 @@ class ServerPolicy:
         self.generated = 0
         self.prefilled = 0
 
+    context = None  # the server knows it, and says so
     root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
     _limit, _opening = Policy._limit, Policy._opening
 

@@ -278,7 +278,7 @@ def test_kill_9_and_resume(home, whole, tmp_path):
     run = subprocess.Popen([sys.executable, train.__file__, *argv], stdout=subprocess.PIPE, text=True,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     for line in run.stdout:
-        if line.startswith(f"train {at}:"):
+        if line.startswith(f"train {at} of "):
             run.kill()
             break
     run.stdout.close()
