@@ -58,8 +58,7 @@ from common.run import TINY, amount, command_line, distributed, gather, need_pos
 from prm_model import AGGREGATIONS, aggregate, load_prm
 
 CLIP_NORM = 1.0  # largest norm of the gradient
-# --resume may change these
-FREE = ("out", "resume", "overwrite", "device", "steps", "batch_tokens")
+FREE = ("out", "resume", "overwrite", "device", "steps", "batch_tokens")  # for --resume
 
 
 # ------------------------------------------------------------ 3. credit: which token gets how much
@@ -264,8 +263,7 @@ def train(args, stop):
                     dist.all_reduce(p.grad)
             norm = float(torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP_NORM))
             if not math.isfinite(norm):
-                raise ValueError(f"step {step + 1}: the norm of the gradient is {norm}; {out} "
-                                 "keeps the last checkpoint")
+                raise ValueError(f"step {step + 1}: the gradient's norm is {norm}")
             optimizer.step()
         totals.update(tokens=sums["generated"], seconds=time.perf_counter() - started)
         progress["step"] = step + 1
@@ -285,16 +283,14 @@ def train(args, stop):
         if due or told:
             save_checkpoint(out, lm, optimizer, progress)
         if told:
-            print(f"SIGTERM: saved at step {step + 1}, --resume goes on from there")
-            return
+            return print(f"SIGTERM: saved at step {step + 1}, --resume goes on from there")
 
     # -------- the end: the policy stays, what resuming needed goes
     if rank == 0:
         save_policy(out, policy)
-    log("end", args.steps, tokens=totals["tokens"], seconds=totals["seconds"])
-    finish(out)
-    if rank == 0:
         print(f"the policy is in {out}")
+    log("end", progress["step"], tokens=totals["tokens"], seconds=totals["seconds"])
+    finish(out)
 
 
 # ------------------------------------------------------------ the script
@@ -302,8 +298,7 @@ def train(args, stop):
 def main(argv=None):
     parser = command_line(__doc__)
     a = parser.add_argument_group("problems and models").add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"],
-      help="trained on their split `train`, evaluated on their own (the tiny world's)")
+    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="(those of the tiny world)")
     a("--data", help="local file of training problems instead of the hub")
     a("--val-data", help="local file of held-out problems")
     a("--limit", type=int, default=600, help="training problems of each task (600)")
