@@ -26,7 +26,7 @@ for seed in $SEEDS; do  # all forms with one seed first: something to look at ea
       --val-problems "$PROBLEMS" --max-solution-tokens 192 --out "$RUN/$form-$seed" --resume
   done
 done
-run table $PYTHON -m beyond.hacking --runs "$RUN"/*-[0-9]* --out "$RUN" --examples 3
+run table $PYTHON -m beyond.hacking --runs "$RUN"/*-[0-9]/ --out "$RUN" --examples 3
 # the loop, closed once: is the gain of search kept?
 policy=$RUN/${FORMS%% *}-${SEEDS%% *}
 for strategy in "beam" "best_of_n --choose weighted" "majority"; do
