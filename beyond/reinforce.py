@@ -7,8 +7,8 @@
     torchrun --nproc_per_node=8 -m beyond.reinforce --policy Qwen/Qwen2.5-1.5B-Instruct \\
         --prm runs/prm --task gsm8k --limit 7473 --out runs/policy
 
-The talk's slide 9 asks to "aggregate the ability from exploration in test-time scaling back into
-the model itself"; the paper's outlook is to use PRM signals in RL. One step:
+The talk wants to "aggregate the ability from exploration in test-time scaling back into the model
+itself" (slide 9) and to "integrate PRM signals into RL fine-tuning" (slide 24). One step:
 
 1. Sample G solutions of each of P problems: sample_groups().
 2. Score every step with the frozen PRM, judge the answers: score_and_judge().
