@@ -142,7 +142,7 @@ def table(forms):
              "steps | PRM reward before | at the end | hacking from step |", "|---" * 10 + "|"]
     for form, runs in forms.items():
         steps = steps_of(runs)
-        within = [s for s in steps if max(run.tokens[s] for run in runs) <= spent]
+        within = [s for s in steps if max(run.tokens[s] for run in runs) <= 1.05 * spent]
         for domain in runs[0].domains():
             def cell(step, key, runs=runs, domain=domain):
                 p = point(runs, step, domain, key)

@@ -108,6 +108,8 @@ def min_form(group, args):
     """PURE (Cheng et al. 2025, arXiv 2504.15275): the return is about the worst step's p.
 
         G_t = sum_{u >= t} w_u p_u,   w = softmax(-p / T),  T = 0.1
+
+    With equal p a longer solution has more to come at each place: this form, too, pays for length.
     """
     rewards = []
     for s in group:
@@ -132,7 +134,7 @@ CREDITS = {"outcome": outcome, "prm": prm, "sum": sum_form, "min": min_form,
 
 
 def assign_credit(groups, args):
-    """Set the advantage (S) of each solution. Verified problems are credited by their outcome."""
+    """Set the advantage (S) of each solution. Verified problems get that of their outcome."""
     for group in groups:
         form = outcome if is_verified(group[0].problem, args) else CREDITS[args.credit]
         for s, advantage in zip(group, form(group, args)):
@@ -251,8 +253,8 @@ def train(args, stop):
                     if args.kl and i not in first:
                         with torch.no_grad():
                             first[i] = log_probs(start, micro)
-                gain_M = objective(logp_M, old.setdefault(i, logp_M.detach()), advantage_M,
-                                   args.clip)
+                before_M = old.setdefault(i, logp_M.detach())
+                gain_M = objective(logp_M, before_M, advantage_M, args.clip)
                 if args.kl:
                     gain_M = gain_M - args.kl * k3(logp_M, first[i])
                 # a mean over all tokens: no solution weighs more for being short
@@ -331,13 +333,11 @@ def main(argv=None):
     need_positive(parser, args, "limit", "val_problems", "steps", "problems", "updates", "lr",
                   "eval_every", "batch_tokens")
     if args.group < 2:
-        parser.error(f"--group {args.group}: a solution is compared with others of its group, "
-                     "which takes 2 or more")
+        parser.error(f"--group {args.group}: comparing solutions takes 2 or more of them")
     if args.policy.startswith(("http://", "https://")):
         parser.error(f"--policy {args.policy}: a server's weights cannot be trained; give a "
                      "folder or hub id")
-    stop = []
-    # pre-emption: finish the step, save, exit 0
+    stop = []  # pre-emption: finish the step, save, exit 0
     before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
     try:
         with parser:

@@ -100,6 +100,14 @@ def test_the_sum_form_pays_for_cutting():
     assert parts[0] == pytest.approx(whole[0] + 0.45)
 
 
+def test_the_min_form_pays_for_length_too():
+    """Steps equally good, one solution has one more. The softmax spreads one reward over more steps, so that at each place
+    but the first the longer one has more to come: 1/2 and 2/3 of p at the second step, 0 and 1/3 at the third."""
+    short, long = credit("min", solution([0.9] * 2), solution([0.9] * 3))
+    assert short == pytest.approx([0, 0, -0.075, -0.075], abs=1e-6)
+    assert long == pytest.approx([0, 0, 0.075, 0.075, 0.15, 0.15], abs=1e-6)
+
+
 @pytest.mark.parametrize("name", ["outcome", "prm", "sum", "min"])
 def test_equal_rewards_are_no_advantage(name):
     for advantage in credit(name, *(solution([0.3, 0.7], right=True) for _ in range(3))):
@@ -391,7 +399,7 @@ def fails(capsys, argv, message):
 
 
 @pytest.mark.parametrize("more, message", [
-    (["--group", "1"], "takes 2 or more"),
+    (["--group", "1"], "comparing solutions takes 2 or more"),
     (["--policy", "http://localhost:8000/v1"], "a server's weights cannot be trained"),
     (["--separator", r"\n\n"], r"the PRM's steps end in '\n', the policy's in '\n\n'"),
     (["--problems", "9"], "fewer than --problems 9"),
