@@ -157,6 +157,36 @@ def table(forms):
     return "\n".join(lines)
 
 
+def habits(forms):
+    """Markdown: how solutions of the tiny world end, at the first and the last common evaluation.
+
+    A problem has one step for each month or `Let`, and the answer. early: fewer steps; longer: more
+    of them; corrected: with a step that says "wait"; right steps: by the rule of the world.
+    """
+    lines = ["| form | | step | ends early | longer | corrected | right steps | all right |",
+             "|---" * 8 + "|"]
+    for form, runs in forms.items():
+        steps = steps_of(runs)
+        for domain in runs[0].domains():
+            for step in (steps[0], steps[-1]):
+                shares = []
+                for run in runs:
+                    rows = [row for row in run.samples[step] if row["domain"] == domain]
+                    for row in rows:
+                        shares += [habit(row, s) for s in row["samples"]]
+                cells = " | ".join(f"{fmean(column):.3f}" for column in zip(*shares))
+                lines.append(f"| {form} | {domain} | {step} | {cells} |")
+    return "\n".join(lines)
+
+
+def habit(row, s):
+    """(early, longer, corrected, share of right steps, all right) of one sample."""
+    needed = row["question"].count(" In ") + row["question"].count("Let ") + 1
+    plain = [t for t in s["steps"] if not t.startswith("Wait, ") and not t.endswith("# wait")]
+    return (len(s["steps"]) < needed, len(plain) > needed, len(plain) < len(s["steps"]),
+            fmean(map(float, s["true"])), all(s["true"]))
+
+
 def examples(run, n):
     """Print wrong solutions of the last evaluation that the PRM likes best, with p_t and truth."""
     step = max(run.samples)
@@ -192,7 +222,10 @@ def main(argv=None):
             for step in steps_of(group):
                 for domain in group[0].domains():
                     points += [point(group, step, domain, k) for k in ("correct", "reward")]
-        print(text := table(forms))
+        text = table(forms)
+        if all(row["id"].startswith("tiny-") for row in runs[0].samples[0]):
+            text += "\n\n" + habits(forms)  # the truth of steps is known: the tiny world
+        print(text)
         if args.out:
             write_table("reinforce-points", points, args.out, "step", None, "value")
             draw(forms, points, args.out)
