@@ -138,21 +138,21 @@ def draw_line(ax, points, colour, line):
 def table(forms):
     """Markdown: before, best and last, and at as many generated tokens as every form has spent."""
     spent = min(max(run.tokens[step] for step in run.samples) for run in sum(forms.values(), []))
-    lines = [f"| form | seeds | | accuracy before | at {spent / 1e6:.2f} M tokens | at the end | "
-             "steps | PRM reward before | at the end | hacking from step |", "|---" * 10 + "|"]
+    lines = [f"| form | seeds | | accuracy at step 0 | at {spent / 1e6:.2f} M tokens | at the end | "
+             "reward at step 0 | at the end | hacking from |", "|---" * 9 + "|"]
     for form, runs in forms.items():
         steps = steps_of(runs)
         within = [s for s in steps if max(run.tokens[s] for run in runs) <= 1.05 * spent]
         for domain in runs[0].domains():
             def cell(step, key, runs=runs, domain=domain):
                 p = point(runs, step, domain, key)
-                return f"{p['value']:.3f} ({p['low']:.3f} to {p['high']:.3f})"
+                return f"{p['value']:.3f} ({p['low']:.2f} to {p['high']:.2f})"
             hacked = [run.hacked(domain) for run in runs]
             seeds = ", ".join(str(run.seed) for run in runs)
             begun = ", ".join(f"{h[0]}" if h else "none" for h in hacked)
             lines.append(f"| {form} | {seeds} | {domain} | {cell(0, 'correct')} | "
                          f"{cell(within[-1], 'correct')} (step {within[-1]}) | "
-                         f"{cell(steps[-1], 'correct')} | {steps[-1]} | {cell(0, 'reward')} | "
+                         f"{cell(steps[-1], 'correct')} (step {steps[-1]}) | {cell(0, 'reward')} | "
                          f"{cell(steps[-1], 'reward')} | {begun} |")
     return "\n".join(lines)
 
