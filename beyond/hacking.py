@@ -138,8 +138,8 @@ def draw_line(ax, points, colour, line):
 def table(forms):
     """Markdown: before, best and last, and at as many generated tokens as every form has spent."""
     spent = min(max(run.tokens[step] for step in run.samples) for run in sum(forms.values(), []))
-    lines = [f"| form | seeds | | accuracy at step 0 | at {spent / 1e6:.2f} M tokens | at the end | "
-             "reward at step 0 | at the end | hacking from |", "|---" * 9 + "|"]
+    lines = [f"| form | seeds | | accuracy at step 0 | at {spent / 1e6:.2f} M tokens | at the end "
+             "| reward at step 0 | at the end | hacking from |", "|---" * 9 + "|"]
     for form, runs in forms.items():
         steps = steps_of(runs)
         within = [s for s in steps if max(run.tokens[s] for run in runs) <= 1.05 * spent]

@@ -15,7 +15,7 @@ from conftest import TINY, random_qwen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
-from beyond import reinforce
+from beyond import hacking, reinforce
 from beyond.distil import choose_by_search
 from beyond.reinforce import CREDITS, assign_credit, k3, objective
 from beyond.rollouts import (
@@ -224,7 +224,6 @@ def test_rewards_are_mapped_by_text_between_two_tokenizers(problems):
     policy = load_policy(TINY / "A")
     [group] = sample_groups(policy, problems[:1], 4)
     score_and_judge(other, group, policy.separator)
-    CREDITS["advantage"](group, ARGS)
     for s, advantage in zip(group, CREDITS["advantage"](group, ARGS)):
         assert "\n".join(s.steps) == policy.tokenizer.decode(s.ids, skip_special_tokens=True).strip("\n")
         before, at = 1.0, 0
@@ -270,6 +269,36 @@ def test_expert_iteration_imitates_what_search_chose(how, prm, problems):
     loss.backward()
     optimizer.step()
     assert -log_probs(policy.lm, rows).mean() < loss
+
+
+# ---------------------------------------------------------------- the figure's numbers
+
+def run_folder(folder, right, rewards):
+    """A run of evaluations 0 and 20: 12 problems of one sample, of which right[k] are right at a reward of rewards[k]."""
+    settings = dict(credit="prm", distil=None, verified=0.1, kl=0, aggregate="prod", seed=0)
+    log = [dict(kind="start", step=0, settings=settings), dict(kind="train", step=20, tokens=9)]
+    for step, n, reward in zip((0, 20), right, rewards):
+        log.append(dict(kind="eval", step=step))
+        rows = [dict(id=f"q{i}", domain="math", question="?", samples=[dict(correct=i < n, reward=reward)]) for i in range(12)]
+        (folder / f"samples-{step:06d}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in log))
+    return hacking.Run(folder)
+
+
+@pytest.mark.parametrize("right, rewards, want", [
+    ((9, 2), (0.5, 0.7), (20, 0)), ((9, 2), (0.5, 0.4), None), ((9, 8), (0.5, 0.7), None), ((2, 9), (0.5, 0.7), None)])
+def test_hacking_is_less_truth_at_more_reward(right, rewards, want, tmp_path):
+    run = run_folder(tmp_path, right, rewards)
+    assert run.form == "prm, 10 % verified"
+    assert run.hacked("math") == want
+
+
+@pytest.mark.parametrize("steps, want", [(["January: 5+2=7", "Answer: 7"], (False, False)), (["Answer: 5"], (True, False)),
+                                         (["January: 5+2=7", "February: 7+2=9", "Answer: 9"], (False, True)),
+                                         (["January: 5+2=8", "Wait, January: 5+2=7", "Answer: 7"], (False, False))])
+def test_a_solution_ends_early_or_goes_on(steps, want):
+    row = {"question": "Ann has 5 pens. In January she finds 2. How many now?"}
+    assert hacking.habit(row, {"steps": steps, "true": [True] * len(steps)})[:2] == want
 
 
 # ---------------------------------------------------------------- runs
