@@ -62,7 +62,6 @@ class ServerPolicy:
         self.max_step_tokens = max_step_tokens
         self.max_steps = max_steps
         self.max_solution_tokens = max_solution_tokens
-        self.context = None  # the server knows, and says so
         self.pool = ThreadPoolExecutor(32)
         self.returns_separator = False  # does this server leave the stop text in its reply?
         self.generated = 0

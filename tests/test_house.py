@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 CONCEPTS = {"prm_model": None, "annotate": 28, "train": 28, "search": 30, "evaluate": 28, "similarity": 18}  # flags
-FILES = sorted(f for folder in (".", "common", "paper") for f in (ROOT / folder).glob("*.py"))
+FILES = sorted(f for folder in (".", "common", "paper", "beyond") for f in (ROOT / folder).glob("*.py"))
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 

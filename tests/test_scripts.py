@@ -15,13 +15,14 @@ FLOORS = ["early", "run", "data", "inside", "referee", "programs", "outputs", "s
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
 FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.scaling", "paper.figures", "tiny.make"]
+FLOORS += ["beyond.rollouts", "beyond.distil", "beyond.reinforce", "beyond.hacking"]
 FILES = [ROOT / (name.replace(".", "/") + ".py") for name in FLOORS]
-SCRIPTS = sorted(f for folder in (".", "tiny", "paper", "common", "benchmarks") for f in (ROOT / folder).glob("*.py")
+SCRIPTS = sorted(f for folder in (".", "tiny", "paper", "common", "benchmarks", "beyond") for f in (ROOT / folder).glob("*.py")
                  if 'if __name__ == "' in f.read_text())
 
 
 def test_every_file_has_a_floor():
-    found = {f for folder in (".", "tiny", "paper", "common") for f in (ROOT / folder).glob("*.py")}
+    found = {f for folder in (".", "tiny", "paper", "common", "beyond") for f in (ROOT / folder).glob("*.py")}
     assert {f for f in found if f.name != "__init__.py"} == set(FILES)
 
 
@@ -51,7 +52,7 @@ def test_help_opens_with_an_example(script, capsys):
     name = ".".join(script.relative_to(ROOT).with_suffix("").parts)
     with pytest.raises(SystemExit) as stop:
         importlib.import_module(name).main(["--help"])
-    module = script.parent.name in ("common", "paper")
+    module = script.parent.name in ("common", "paper", "beyond")
     command = f"python -m {name}" if module else f"python {script.relative_to(ROOT)}"
     assert stop.value.code == 0
     assert command in capsys.readouterr().out
