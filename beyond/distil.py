@@ -7,7 +7,7 @@ beyond/reinforce.py; a step searches --problems problems and takes --updates ste
 the solutions that were chosen. No answer is seen.
 
     beam       beam search, K = 4 paths of M = 4 next steps; of all that ended the largest R_i
-    weighted   16 whole solutions; the first one with the answer of the largest sum of R_i
+    weighted   16 whole solutions; of the answer with the largest sum of R_i the best one
 """
 import argparse
 import math
@@ -28,7 +28,7 @@ def choose_by_search(policy, prm, problems, args, name):
     solution's log-likelihood. name: of this draw, as in sample_groups().
     """
     strategy, choose = STRATEGIES[args.distil]
-    options = argparse.Namespace(n=16, k=4, m=4, tokens=math.inf, textbook=False, adaptive=False,
+    options = argparse.Namespace(n=16, k=4, m=4, tokens=math.inf, textbook=False, until=math.inf,
                                  choose=choose, aggregate=args.aggregate)
     # the id fixes the random numbers: another draw of the same problem needs another one
     named = [replace(problem, id=name + problem.id) for problem in problems]
@@ -37,7 +37,7 @@ def choose_by_search(policy, prm, problems, args, name):
     for problem, search, row in zip(problems, searches, rows):
         if row["picked"] is None:
             continue
-        s = to_solution(problem, search.finished[row["picked"]][2])
+        s = to_solution(problem, search.finished[row["picked"]][1])
         if not s.cut:  # nothing to imitate
             s.advantage = torch.ones(len(s.ids))
             groups.append([s])
