@@ -17,10 +17,11 @@ from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 
 from common import judge
-from common.answers import equivalent_many, extract_answer, normalise
+from common.answers import equivalent_many, extract_answer
 from common.data import hub_rows, read_rows
 from common.judge import extract_code
 from common.loaders import TASKS, Problem, own_row  # noqa: F401 (others import Problem from here)
+from common.notation import normalise
 from common.run import command_line
 
 
@@ -168,7 +169,8 @@ def reference_rate(problems, progress=False):
     solutions = []
     for p in problems:
         if p.domain == "math" and p.answer is not None:
-            solutions.append((p, f"\\boxed{{{p.answer}}}"))
+            first = p.answer[0] if isinstance(p.answer, list) else p.answer
+            solutions.append((p, f"\\boxed{{{first}}}"))
         elif (p.tests or {}).get("reference"):
             solutions.append((p, f"```\n{p.tests['reference']}\n```"))
     verdicts = judge_many(solutions, progress=progress)
