@@ -319,3 +319,27 @@ TASKS = {
     "taco": (_apps, "BAAI/TACO", "train", "ALL/{split}-*.parquet"),
     "codecontests": (_codecontests, "deepmind/code_contests", "train", None),
 }
+
+
+# a field that rows of these tasks have and others have not; the first that is there decides
+MATHS = ("math500", "aime24", "aime25", "aime26")
+FIELDS = {"complete_prompt": ("bigcodebench", "bigcodebench-hard"),
+          "question_content": ("livecodebench",), "input_output": ("apps", "taco"),
+          "public_tests": ("codecontests",), "test_list": ("mbpp+",), "Problem": MATHS[1:],
+          "problem_idx": MATHS[1:], "extracted_groundtruth": MATHS[1:], "subject": MATHS[:1],
+          "level": MATHS[:1], "problem": MATHS}
+
+
+def likely_tasks(row):
+    """The tasks that a row may be of, by its fields; () if nobody can tell."""
+    if isinstance(row.get("question"), dict) and "label" in row:
+        return ("prm800k",)
+    if "steps" in row and "label" in row:
+        return ("processbench",)
+    if "tests" in row:
+        return ()
+    if "####" in str(row.get("answer")) or "\nA: " in str(row.get("ground_truth")):
+        return ("gsm8k",)
+    if "canonical_solution" in row and "task_id" in row and "complete_prompt" not in row:
+        return ("humaneval+",) if str(row["task_id"]).startswith("HumanEval") else ("mbpp+",)
+    return next((tasks for field, tasks in FIELDS.items() if field in row), ())

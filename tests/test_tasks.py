@@ -123,9 +123,10 @@ def test_a_problem_with_an_empty_list_of_tests():
     assert judge.judge_many([(tests, "print(1)")]) == ["no tests"]
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "aime24"])
-def test_numbers_without_ids_do_not_collide_between_tasks(tmp_path, task):
-    (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+@pytest.mark.parametrize("task, row", [("gsm8k", {"question": "q", "answer": "#### 1"}),
+                                       ("aime24", {"problem": "q", "answer": "1"})])
+def test_numbers_without_ids_do_not_collide_between_tasks(tmp_path, task, row):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
     assert load(task, tmp_path / "x.jsonl")[0].id == f"{task}-0"
 
 
