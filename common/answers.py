@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import json
+import logging
 import os
 import re
 import resource
@@ -162,6 +163,7 @@ def serve():
 
     Beyond its CPU time a signal ends it.
     """
+    logging.disable(logging.WARNING)  # math-verify warns that it has no time limit of its own
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:
         limit, pairs = json.loads(line)

@@ -1,4 +1,5 @@
-"""Rows on disk: the JSONL formats that the scripts share, and the original sets of step labels.
+"""Rows on disk: the JSONL formats that the scripts share, and the original sets of step labels
+(more of them in common/converters.py).
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
     {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id,
