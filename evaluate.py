@@ -2,7 +2,7 @@
 
     python evaluate.py                                           # the tiny world
     python evaluate.py --samples samples.jsonl [--score --prm runs/prm]   # anybody's sample rows
-    python evaluate.py --first-error processbench --data gsm8k.json --limit 400 --prm runs/prm
+    python evaluate.py --first-error processbench --threshold 0.5 --prm runs/prm  # its four splits
     torchrun --nproc_per_node=8 evaluate.py --policy Qwen/Qwen2.5-7B-Instruct --prm runs/prm \\
         --task gsm8k --strategies best_of_n majority beam --N 8 --out runs/eval
     python evaluate.py --exhibit fig4 --limit 500    # the same as python -m paper.figures fig4 ...
@@ -15,7 +15,6 @@ settings beside it (.flags). Rows of other settings are refused; --overwrite mak
 "beam", "mcts": {domain: ...}, "cost": {strategy: ...}}, or {"settings", "first_error"}.
 """
 import common.early  # noqa: F401  answers --help before what is slow to import
-import hashlib
 import json
 import math
 import random
@@ -27,10 +26,12 @@ from pathlib import Path
 import torch
 
 import search
-from common.metrics import auc_pairs, interval, paired
+from common.first_errors import halves, score_first_errors, with_mean
+from common.metrics import interval, paired, wrong_class
 from common.policy import add_policy_flags
-from common.run import TINY, add_run_flags, check_run_flags, command_line, gather, journaled
-from common.samples import Bench, has_scores, read_first_errors, read_samples
+from common.results import print_figures
+from common.run import TINY, add_run_flags, check_run_flags, command_line, share
+from common.samples import Bench, measurable, read_samples
 from prm_model import AGGREGATIONS, load_prm
 
 # ------------------------------------------------ metrics at N, of one problem with M samples
@@ -105,7 +106,8 @@ def first_error_figures(solutions, threshold):
     erroneous  share of the erroneous solutions whose first wrong step is found
     correct    share of the correct solutions in which no step is called wrong
     F1         harmonic mean of the two (ProcessBench, arXiv 2412.06559); None if one kind is absent
-    step ...   precision, recall and F1 of the wrong class, and AUC, over single steps
+    step ...   of the wrong class, the mean F1 of both, and AUC, over single steps
+    solution   the same over solutions, by their lowest p_t (ReasonEval, arXiv 2404.05692)
     """
     hits, p, right = {True: [], False: []}, [], []  # hits of the erroneous, and of the correct
     for scores, y in solutions:
@@ -115,59 +117,49 @@ def first_error_figures(solutions, threshold):
         p += [scores[t] for t in labelled]
         right += [t != y for t in labelled]
     erroneous, correct = (statistics.fmean(x) if x else 0.0 for x in hits.values())
-    # single steps: a wrong step that is flagged is a true positive
-    p, right = torch.tensor(p, dtype=torch.float64), torch.tensor(right)
-    flagged = p < threshold
-    true = int((flagged & ~right).sum())
-    precision, recall = true / max(1, int(flagged.sum())), true / max(1, int((~right).sum()))
-    u, pairs = auc_pairs(p, right)
     f1 = statistics.harmonic_mean([erroneous, correct]) if all(hits.values()) else None
+    double = partial(torch.tensor, dtype=torch.float64)
+    lowest = double([min(scores) for scores, _ in solutions])
     return {"threshold": threshold, "erroneous": erroneous, "correct": correct, "F1": f1,
-            "step precision": precision, "step recall": recall,
-            "step F1": statistics.harmonic_mean([precision, recall]),
-            "step AUC": u / pairs if pairs else None, "solutions": len(solutions), "steps": len(p)}
+            **wrong_class("step", double(p), torch.tensor(right), threshold),
+            **wrong_class("solution", lowest, torch.tensor([y < 0 for _, y in solutions]),
+                          threshold), "solutions": len(solutions), "steps": len(p)}
 
 
 def first_error(bench, args):
-    """Figures on one half of the solutions, at the threshold that is best on the other half."""
-    items = read_first_errors(args)
+    """{set: figures}: of all solutions at --threshold, as ProcessBench is published; without it on
+    one half of them, at the threshold that is best on the other half."""
+    figures = {}
+    for name, items in score_first_errors(bench, args).items():
+        if args.wrong_below is None:
+            figures[name] = at_the_best_threshold(*halves(name, items))
+        else:
+            figures[name] = first_error_figures([item[1:] for item in items], args.wrong_below)
+    return with_mean(figures)
 
-    def score(numbers):
-        questions, solutions, _ = zip(*(items[i] for i in numbers))
-        scores = bench.prm(args.prm[0]).score(questions, solutions)
-        return [{"id": i, "scores": p} for i, p in zip(numbers, scores)]
-    rows = gather(journaled(None, range(len(items)), score, names=lambda i: [i],
-                            chunk=args.concurrent, desc="first-error"))[0]
-    choose, test, problems = [], [], {}
-    for row, (question, _, y) in zip(rows, items):
-        # a hash of the question decides: solutions of one problem stay together
-        side = hashlib.blake2b(question.encode()).digest()[0] % 2
-        (test if side else choose).append((row["scores"], y))
-        if side:
-            problems.setdefault(question, []).append((row["scores"], y))
-    if not choose or not test:
-        raise ValueError(f"{args.first_error}: {len(items)} solutions are too few to split")
+
+def at_the_best_threshold(choose, problems):
+    """choose [(p, y)], problems {question: [(p, y)]}: an interval draws problems, not solutions."""
+    test = sum(problems.values(), [])
     # F1 needs erroneous and correct solutions
-    key = "F1" if len({y >= 0 for _, _, y in items}) == 2 else "step F1"
+    key = "F1" if len({y >= 0 for _, y in choose + test}) == 2 else "step F1"
 
     def value(solutions, threshold):  # None, where a draw has solutions of one kind only, is 0
         return first_error_figures(solutions, threshold)[key] or 0.0
     best = max((t / 50 for t in range(1, 50)), key=partial(value, choose))
     _, low, high = interval([*problems.values()], lambda drawn: value(sum(drawn, []), best), 200)
     # the chance level: p uniform in (0, 1) on the same solutions
-    rng, guesses = random.Random(0), []
-    for scores, y in test:
-        guesses.append(([rng.random() for _ in scores], y))
-    chance = first_error_figures(guesses, 0.5)[key]
+    rng = random.Random(0)
+    guesses = [([rng.random() for _ in p], y) for p, y in test]
     return first_error_figures(test, best) | {
-        f"{key} low": low, f"{key} high": high, f"{key} of chance": chance}
+        f"{key} low": low, f"{key} high": high, f"{key} of chance": value(guesses, 0.5)}
 
 
 # ------------------------------------------------ the report
 
-def report(rows, names):
+def report(rows, names, ns=None):
     """Print the metrics of each domain; returns what --json writes of them."""
-    ns, out = powers(min(len(r["samples"]) for r in rows)), {}
+    ns, out = ns or powers(min(len(r["samples"]) for r in rows)), {}
     for domain, problems in search.by_domain(rows).items():
         print(f"\n{domain}: {len(problems)} problems, {len(problems[0]['samples'])} samples each, "
               f"mean over subsets of N\n{'N':<22}" + "".join(f"{n:>18}" for n in ns))
@@ -183,7 +175,8 @@ def report(rows, names):
             print(line)
         best, most = names[0], ns[-1]
         # best-of-N against the vote and a single sample; without a PRM there is nothing to compare
-        for other, n in [("maj", most), ("pass", 1)] if best != "maj" else []:
+        rivals = [("maj", most), ("pass", 1)] if best.startswith("prm") else []
+        for other, n in [rival for rival in rivals if rival in values]:
             d, se, z = paired(values[best, most], values[other, n])
             rival = "single" if n == 1 else f"{other}@{n}"
             print(f"{metric(best)[1].format(most)} - {rival}: {difference(d, se, z)}")
@@ -232,17 +225,27 @@ def run_searches(bench, args, pool):
 def parse(argv):
     parser = command_line(__doc__)
     a = parser.add_argument
-    a("--samples", metavar="FILE", help="sample rows to evaluate instead of sampling")
+    a("--samples", metavar="FILE", help="rows to evaluate instead of sampling; --task: their tests")
     a("--score", action="store_true", help="score --samples with --prm, whatever scores they have")
-    a("--first-error", metavar="SET", help="processbench, or a file or hub set of step labels")
+    a("--scores", choices=["probabilities", "logits"], default="probabilities",
+      help="what those of --samples are; of logits p = 1 / (1 + exp(-x)) is taken")
+    a("--first-error", metavar="SET", nargs="+", help="processbench, files or hub sets of labels")
+    a("--threshold", type=share, dest="wrong_below",  # search.py has a threshold of its own
+      help="of --first-error, for all solutions: 0.5 is the published one")
     a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"],
-      help="beam and mcts are run; the others come from the same samples in any case")
-    add_run_flags(parser, limit=100)
+      help="beam and mcts are run; the others come from the same samples")
+    add_run_flags(parser)
     args, rest = parser.parse_known_args(argv)
     others = command_line(__doc__)  # the rest says how to sample and to search, as for search.py
-    search.add_search_flags(others)
+    search.add_search_flags(others, n="+")
     add_policy_flags(others, str(TINY / "A"))
-    return check(parser, others.parse_args(rest, args))
+    args, args.ns = others.parse_args(rest, args), None
+    if args.limit is None and not args.first_error:
+        args.limit = 100
+    if isinstance(args.n, list):
+        args.ns = sorted(args.n) if args.samples or len(args.n) > 1 else None
+        args.n = min(args.n) if min(args.n) < 1 else max(args.n)  # check() names one below 1
+    return check(parser, args)
 
 
 def check(parser, args):
@@ -271,19 +274,17 @@ def main(argv=None):
         bench = Bench(parser, args, load_prm, search.solve)
         if args.first_error:
             result["first_error"] = first_error(bench, args)
-            for k, v in result["first_error"].items() if bench.rank == 0 else ():
-                print(f"{k:<20}{v:.3f}" if isinstance(v, float) else f"{k:<20}{v}")
+            print_figures(result["first_error"] if bench.rank == 0 else {})
         else:
             if args.samples:
-                rows = read_samples(args.samples)
+                rows = read_samples(args)
                 if args.score:
                     rows = bench.scored(rows, args.samples, args.prm[0])
-                elif not all(map(has_scores, rows)):
-                    names = ["maj", "pass"]  # the metrics that need no PRM
+                names = measurable(rows, names, args.ns)
             else:
                 rows = bench.run("best_of_n", args.policy, args.prm[0])
             if bench.rank == 0:
-                result["metrics"] = report(rows, names)
+                result["metrics"] = report(rows, names, args.ns)
             if not args.samples:
                 result |= run_searches(bench, args, rows)
     if args.json and bench.rank == 0:

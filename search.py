@@ -257,13 +257,13 @@ def rewards(samples, how):
 
 # ------------------------------------------------------------ main
 
-def add_search_flags(parser):
-    """The flags that solve() reads; evaluate.py has them as well. Capitals: torchrun on Python
-    before 3.12 takes --n for a flag of its own, even after the script's name."""
+def add_search_flags(parser, n=None):
+    """The flags that solve() reads; evaluate.py has them as well, with n="+" for several N.
+    Capitals: torchrun on Python before 3.12 takes --n for its own, even after the script's name."""
     a = parser.add_argument
     a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="TASK or TASK:SPLIT")
     a("--data", help="local file instead of the hub")
-    a("--n", "--N", type=int, default=16, help="best-of-N, majority: samples (16)")
+    a("--n", "--N", type=int, nargs=n, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")
     a("--m", "--M", type=int, default=4, help="beam, MCTS: steps sampled below a path, M (4)")
     a("--c", type=run.amount, default=0.5, help="MCTS: c of UCT, in units of Q (0.5)")

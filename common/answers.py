@@ -1,8 +1,8 @@
 """Final answers in math: found in a solution's text, and compared with the gold answer."""
 import contextlib
 import functools
-import itertools
 import json
+import logging
 import os
 import re
 import resource
@@ -10,76 +10,89 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import chain, repeat, takewhile
 from pathlib import Path
 
 from common import judge
+from common.notation import normalise, prepared
+
+# "answer is", "answer:", with Markdown's marks; a heading "# Answer"; a line "A:"
+STATED = re.compile(r"(?im)(?<![a-z])answer(?: to [^\n.:]{1,80})?[ \t*_`]*(?:is\b[ \t*_`]*:?|[:=])"
+                    r"|^(?:#{1,6}[ \t]*|[*_]{2})(?:the[ \t])?(?:final[ \t])?answer[ \t*_]*$|^A:")
+GSM8K = re.compile(r"(?m)^.*?####[ \t]*([^\n]*)")
+# a number, not followed by a heading's ". Multiply" or ") Multiply"
+VALUE = re.compile(r"[*_`]*-?[\\$€£]*\d[\d.,]*(?!\S*[.):]\s+[A-Za-z])(?<![.)])|[*_`]*\S*\Z")
+# "42, since ..." and what else may follow an answer without a full stop
+CLAUSE = re.compile(r"(?i)[\s,;:(–—-]{1,3}(?:since|because|as|so|which|given|where|thus|hence|due|"
+                    r"when|meaning|this|i\.e\.|that is|and (?:we|so|the|this|it|thus|hence))\b")
+QUESTION = re.compile(r"\n\s{0,9}(?:Question|Problem|Q)\s?:")
 
 
 def extract_answer(text):
     """The final answer in a solution text, or None.  "so \\boxed{\\frac{1}{2}}." -> "\\frac{1}{2}"
 
-    Looked for in this order, the last of each: \\boxed{...}, GSM8K's "#### ...", "answer is ..." or
-    "answer: ...". Nothing else counts: a guess such as "the last number" would reward solutions
-    that never committed to an answer.
+    The last \\boxed{...}; without one, what is stated last: GSM8K's "#### ..." and "A: ...",
+    PRM800K's "# Answer", "answer is ..." or "answer: ...". Nothing else counts: a guess such as
+    "the last number" would reward solutions that never committed to an answer. Neither does what
+    is thought (<think>...</think>), nor what comes after a question that the model asks itself.
     """
-    boxes = [match.end() for match in re.finditer(r"\\(?:boxed|fbox)\s*{", text)]
-    for start in reversed(boxes):
-        depth = 1  # braces nest, so a regular expression will not do
-        for i in range(start, len(text)):
-            depth += (text[i] == "{") - (text[i] == "}")
-            if not depth:
-                return text[start:i].strip() or None
-    # a number, or the last line: else #### is a heading in Markdown
-    marked = re.findall(r"####\s*(-?\\?\$?[\d.,][^\n]*)", text)
-    marked = marked or re.findall(r"####([^\n]*)\s*\Z", text)
-    if marked:
-        return marked[-1].strip() or None
-    parts = re.split(r"(?i)\banswer\s*(?:is\b\s*:?|:)", text)
-    if len(parts) == 1:
+    _, _, final = text.rpartition("</think>")
+    if "<think>" in final:  # cut off while it was thinking
         return None
-    line = parts[-1].strip(" \t\n*").split("\n")[0]
-    sentence = re.split(r"\.(?:\s|$)", line)[0]  # a full stop ends it, the point of 3.14 does not
-    return sentence.strip(" \t*$.,;") or None
+    first = QUESTION.split(final.strip(), maxsplit=1)[0]
+    answer = final_box(first) or stated(first)
+    return answer if answer or first == final.strip() else final_box(final) or stated(final)
 
 
-@functools.lru_cache(100_000)
-def normalise(answer):
-    """An answer as written -> a form in which the commonest equal spellings are equal strings.
+def final_box(text):
+    """What is in the last \\boxed{...} that is closed, in one pass over the text."""
+    last, opened = None, []  # braces nest, so a regular expression will not do
+    boxes = {match.end() - 1 for match in re.finditer(r"\\(?:boxed|fbox)\s{0,9}{", text)}
+    for match in re.finditer("[{}]", text):
+        i = match.start()
+        if text[i] == "{":
+            opened.append(i)
+        elif opened and (start := opened.pop()) in boxes and (last is None or start > last[0]):
+            last = start, text[start + 1:i].strip()
+    return last and last[1] or None
 
-    "$1{,}234$" -> "1234"; "033" -> "33"; "\\dfrac12" -> "\\frac{1}{2}";
-    "\\left( 3, 4 \\right)" -> "(3,4)". Only rewrites that cannot make unequal answers equal belong
-    here; math-verify judges the rest.
-    """
-    s = answer.strip().rstrip(".").replace("{,}", ",")
-    s = re.sub(r"\\(?:(?:left|right|displaystyle|quad)(?![a-zA-Z])|[,!;: ])", "", s)  # typesetting
-    s = re.sub(r"\\[dt]frac", r"\\frac", s)
-    s = s.replace("\\$", "").replace("$", "").replace("\\%", "%")
-    s = re.sub(r"\\(?:text|mathrm|textbf|mbox)\s*{([^{}]*)}", r"\1", s)
-    s = re.sub(r"\^\s*(?:\\circ|{\s*\\circ\s*})", "°", s)
-    s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s)
-    s = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", s)  # no space, but "1 1/2" is not "11/2"
-    s = re.sub(r"_{(\d+)}$", r"_\1", s)  # the base of a number: 52_{8}
-    if re.fullmatch(r"[-+]?\d{1,3}(,\d{3})+(\.\d*)?", s):
-        s = s.replace(",", "")
-    if re.fullmatch(r"[-+]?\d{1,999}(\.0*)?", s):  # int() refuses more than 4,300 digits
-        return str(int(s.split(".")[0]))
-    return s
+
+def stated(text):
+    """The answer that is stated last in words or after GSM8K's ####."""
+    starts = [match.end() for match in STATED.finditer(text)]
+    end = len(text.rstrip())
+    for match in GSM8K.finditer(text):
+        # ####, too, may be a heading: before the end a value is needed
+        if match[1].strip() and (match.end() >= end or VALUE.match(match[1])):
+            starts.append(match.start(1))
+    if not starts:
+        return None
+    # the first line that is more than delimiters
+    lines = text[max(starts):max(starts) + 2000].split("\n")
+    line = next((line for line in lines if line.strip(" \t*_`$\\[]():")), "")[:1000]
+    line = re.split(r"[.?!](?:\s|$)", line)[0]  # a full stop, not the point of 3.14
+    line = re.sub(r"\*\*|__|`|\\[\[\]()]", "", line)
+    clause = CLAUSE.split(line.strip(" \t*$.,;:"), maxsplit=1)[0]
+    return clause.strip(" \t*$.,;:") or None
 
 
 def equivalent_many(pairs):
     """Is each prediction equal to its gold answer? pairs [(gold, pred)] -> [bool]; None never is.
+    A list or tuple of gold answers: is it equal to any of them?
 
     Equal strings, integers, and numbers in a base are decided at once. The rest goes to
     math-verify, which needs milliseconds a pair and can hang on odd input: it runs in a worker
     that can be killed. (math-verify's own limit is SIGALRM, which fails in threads.)
     """
-    equal = {pair: decide(*pair) for pair in pairs}
+    pairs = [(gold if isinstance(gold, (list, tuple)) else [gold], pred) for gold, pred in pairs]
+    singles = chain.from_iterable(zip(golds, repeat(pred)) for golds, pred in pairs)
+    equal = {pair: decide(*pair) for pair in singles}
     todo = [pair for pair, verdict in equal.items() if verdict is None]
     size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: a bar that moves
     chunks = [(todo[i:i + size],) for i in range(0, len(todo), size)]
     for (chunk,), verdicts in zip(chunks, judge.parallel(_verify_chunk, chunks)):
         equal.update(zip(chunk, verdicts))
-    return [equal[gold, pred] for gold, pred in pairs]
+    return [any(equal[one, pred] for one in golds) for golds, pred in pairs]
 
 
 def decide(gold, pred):
@@ -88,9 +101,10 @@ def decide(gold, pred):
         return False
     a, b = normalise(gold), normalise(pred)
     integers = re.fullmatch(r"-?\d+", a) and re.fullmatch(r"-?\d+", b)
-    in_a_base = re.fullmatch(r"\w+_\d+", a) and re.fullmatch(r"\w+_\d+", b)
-    # math-verify overlooks that 52_8 is not 52_9. No answer has 1,000 characters, and parsing one
-    # would take up the time limit.
+    # 52_8 is not 52_9, nor 52: math-verify drops the base. What is asked for is the notation, so
+    # 42 is not 52_8 either.
+    in_a_base = re.fullmatch(r"[\dA-F]+_\w+", a) or re.fullmatch(r"[\dA-F]+_\w+", b)
+    # No answer has 1,000 characters, and parsing one would take up the time limit.
     if a == b or integers or in_a_base or not 0 < len(b) <= 1000:
         return a == b
     return None
@@ -119,7 +133,7 @@ def _verify_chunk(pairs):
         with contextlib.suppress(BrokenPipeError):
             worker.stdin.write(json.dumps([limit, rest]).encode() + b"\n")
             worker.stdin.flush()
-        replies = itertools.takewhile(bool, (worker.stdout.readline() for _ in rest))
+        replies = takewhile(bool, (worker.stdout.readline() for _ in rest))
         verdicts += [json.loads(reply) for reply in replies]
         patience.cancel()
         if "missing" in verdicts:
@@ -149,6 +163,7 @@ def serve():
 
     Beyond its CPU time a signal ends it.
     """
+    logging.disable(logging.WARNING)  # math-verify warns that it has no time limit of its own
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:
         limit, pairs = json.loads(line)
@@ -165,24 +180,45 @@ def serve():
 
 
 @functools.lru_cache(10_000)
-def parse(answer):
-    """An answer as math-verify's expressions. Remembered: a vote compares each with many."""
-    import math_verify
+def parse(tex):
+    """LaTeX as math-verify's expressions. Remembered: a vote compares each with many."""
+    from math_verify import LatexExtractionConfig, parse
+    from math_verify.parser import NormalizationConfig
 
-    return math_verify.parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+    # units are gone already: math-verify's would take the t of 5t for one. Nor is it asked for any
+    # number in a text that it cannot read as a whole.
+    config = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True,
+                                 nits=True, boxed="last")
+    latex = LatexExtractionConfig(normalization_config=config)
+    return parse(f"\\boxed{{{tex}}}", [latex], parsing_timeout=None)
 
 
 def math_equal(gold, pred):
     """Runs in a worker. The gold answer comes first: math-verify's comparison is asymmetric."""
     import math_verify
 
-    if re.fullmatch(r"-?[\d.,]+", gold.strip()):
-        # cut off a unit: math-verify knows some units, and reads others as d * o * l * ...
-        no_units = ("hundred|thousand|million|billion|trillion|dozen|times|plus|minus|over|divided|"
-                    "squared|cubed|sqrt|factorial|half")
-        number = r"^(\\?\$?-?\d[\d,]*(?:\.\d+)?)"
-        unit = r"(?!.*\b(?:" + no_units + r"))[A-Za-z]{3,}[A-Za-z ]*$"
-        pred = re.sub(number + r"\s+" + unit, r"\1", pred.strip())
-    pred = re.sub(r"(?<![\\a-zA-Z])(pi|sqrt)(?![a-zA-Z])", r"\\\1", pred)  # pi/2 is not p times i
-    pred = re.sub(r"\\sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", pred)
-    return bool(math_verify.verify(parse(gold), parse(pred), timeout_seconds=None))
+    a, b = prepared(gold), prepared(pred)
+    if a is None or b is None:  # prose
+        return plain(gold) == plain(pred)
+    a, b = comparable(parse(a), parse(b))
+    # equal: the same to 6 decimals, exact where both are exact; 50% is 50 and is 0.5
+    return bool(math_verify.verify(a, b, timeout_seconds=None))
+
+
+def plain(text):
+    return re.sub(r"[^\w]", "", normalise(text)).casefold()
+
+
+def comparable(gold, pred):
+    """Two numbers below 0.01 -> the same times a power of ten: math-verify rounds to 6 decimals,
+    and 1.2e-6 would be 1.3e-6."""
+    import sympy
+
+    numbers = [x for x in (*gold[:1], *pred[:1]) if isinstance(x, sympy.Expr)]
+    if len(numbers) == 2 and all(x.is_number and x.is_finite is not False for x in numbers):
+        # a hidden zero, such as sqrt(2) sqrt(3) - sqrt(6), is not comparable
+        size = max(abs(x.evalf(15)) if x.is_comparable else 0 for x in numbers)
+        if 0 < size < 0.01:
+            scale = 10 ** -int(sympy.floor(sympy.log(size, 10)) + 2)
+            return [x.doit() * scale for x in numbers]
+    return gold, pred

@@ -1,4 +1,5 @@
-"""Rows on disk: the JSONL formats that the scripts share, and the two original sets of step labels.
+"""Rows on disk: the JSONL formats that the scripts share, and the original sets of step labels
+(more of them in common/converters.py).
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
     {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id,
@@ -21,6 +22,8 @@ import zlib
 from pathlib import Path
 
 from tqdm import tqdm
+
+from common.converters import STEP_LABELS
 
 
 def read_rows(file):
@@ -158,14 +161,18 @@ def from_math_shepherd(row, neutral=None):
 
 
 FORMATS = {"stepwise": lambda row, neutral: [row], "prm800k": from_prm800k,
-           "math-shepherd": from_math_shepherd}
+           "math-shepherd": from_math_shepherd,
+           **{name: convert for name, (_, convert) in STEP_LABELS.items()}}
 
 
 def format_of(row):
     """The key of FORMATS that a row's fields show."""
     if isinstance(row.get("label"), dict):
         return "prm800k"
-    return "math-shepherd" if "label" in row and "input" in row else "stepwise"
+    if "label" in row and "input" in row:
+        return "math-shepherd"
+    named = (name for name, (fields, _) in STEP_LABELS.items() if fields <= row.keys())
+    return next(named, "stepwise")
 
 
 def check(row):

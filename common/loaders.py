@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from common import judge
-from common.answers import extract_answer, normalise
+from common.answers import extract_answer
 from common.judge import slowness
+from common.notation import normalise
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Problem:
     id: str
     question: str
     domain: str  # "math" | "code"
-    answer: str | None = None
+    answer: str | list[str] | None = None  # a list: any of them is right
     tests: dict | None = None  # code; common/judge.py says what is in it
     meta: dict = field(default_factory=dict)
 
@@ -31,20 +32,29 @@ def _math(row, n):
     if isinstance(row.get("question"), dict):  # openai/prm800k: the problem and its answer
         row = {**row, **row["question"]}
     text = next(row[k] for k in ("problem", "question", "Problem") if isinstance(row.get(k), str))
-    golds = ("answer", "ground_truth_answer", "extracted_groundtruth", "Answer", "solution")
-    gold = next((str(row[k]) for k in golds if row.get(k) is not None), None)
+    golds = ("answer", "ground_truth_answer", "extracted_groundtruth", "Answer", "final_answer",
+             "ground_truth", "solution")
+    gold = next((row[k] for k in golds if row.get(k) is not None), None)
     if gold is None and "label" not in row:  # PRM800K has problems without an answer
         raise KeyError("answer")
     meta = {k: row[k] for k in ("solution", "subject", "level") if row.get(k) is not None}
-    if gold and ("####" in gold or "\\boxed" in gold):
+    gold = gold_answer(gold)
+    if isinstance(gold, str) and re.search(r"####|\\boxed|^A:", gold, re.M):
         meta["solution"] = re.sub(r"<<.*?>>", "", gold)  # GSM8K's calculator marks
         gold = extract_answer(gold)
     if "level" in meta:  # 2 in one copy of MATH-500, "Level 2" in the other
         meta["level"] = int(re.sub(r"\D", "", str(meta["level"])) or 0)
-    if gold and re.fullmatch(r"-?\d{1,3}(,\d{3})+|0\d+", gold):
+    if isinstance(gold, str) and re.fullmatch(r"-?\d{1,3}(,\d{3})+|0\d+", gold):
         gold = normalise(gold)  # GSM8K's "1,234", AIME's "033"
-    name = row.get("unique_id") or row.get("id") or row.get("ID") or n
+    name = next((row[k] for k in ("unique_id", "id", "ID", "problem_idx") if row.get(k)), n)
     return Problem(str(name), text, "math", gold, meta=meta)
+
+
+def gold_answer(answer):
+    """As text, or a list of texts any of which is right (OlympiadBench's final_answer)."""
+    if isinstance(answer, list):
+        return list(map(str, answer))
+    return None if answer is None else str(answer)
 
 
 def _first_error(row, n):
@@ -283,9 +293,8 @@ def own_row(row, n):
     tests, answer = unpacked(row.get("tests")), row.get("answer")
     if tests:
         check_tests(tests)
-    answer = None if answer is None else str(answer)
-    return Problem(str(row["id"]), row["question"], "code" if tests else "math", answer, tests,
-                   row.get("meta") or {})
+    return Problem(str(row["id"]), row["question"], "code" if tests else "math",
+                   gold_answer(answer), tests, row.get("meta") or {})
 
 
 # name -> (row function, hub id, default split, data files where the hub's own loading would need a
@@ -297,6 +306,7 @@ TASKS = {
     "math500": (_math, "HuggingFaceH4/MATH-500", "test", None),
     "aime24": (_math, "math-ai/aime24", "test", None),
     "aime25": (_math, "math-ai/aime25", "test", None),
+    "aime26": (_math, "MathArena/aime_2026", "train", None),
     "prm800k": (_math, "tasksource/PRM800K", "test", "phase2_{split}.jsonl"),
     "processbench": (_first_error, "Qwen/ProcessBench", "gsm8k", None),
     "humaneval+": (_evalplus, "evalplus/humanevalplus", "test", None),
@@ -309,3 +319,27 @@ TASKS = {
     "taco": (_apps, "BAAI/TACO", "train", "ALL/{split}-*.parquet"),
     "codecontests": (_codecontests, "deepmind/code_contests", "train", None),
 }
+
+
+# a field that rows of these tasks have and others have not; the first that is there decides
+MATHS = ("math500", "aime24", "aime25", "aime26")
+FIELDS = {"complete_prompt": ("bigcodebench", "bigcodebench-hard"),
+          "question_content": ("livecodebench",), "input_output": ("apps", "taco"),
+          "public_tests": ("codecontests",), "test_list": ("mbpp+",), "Problem": MATHS[1:],
+          "problem_idx": MATHS[1:], "extracted_groundtruth": MATHS[1:], "subject": MATHS[:1],
+          "level": MATHS[:1], "problem": MATHS}
+
+
+def likely_tasks(row):
+    """The tasks that a row may be of, by its fields; () if nobody can tell."""
+    if isinstance(row.get("question"), dict) and "label" in row:
+        return ("prm800k",)
+    if "steps" in row and "label" in row:
+        return ("processbench",)
+    if "tests" in row:
+        return ()
+    if "####" in str(row.get("answer")) or "\nA: " in str(row.get("ground_truth")):
+        return ("gsm8k",)
+    if "canonical_solution" in row and "task_id" in row and "complete_prompt" not in row:
+        return ("humaneval+",) if str(row["task_id"]).startswith("HumanEval") else ("mbpp+",)
+    return next((tasks for field, tasks in FIELDS.items() if field in row), ())

@@ -23,6 +23,22 @@ def auc_pairs(p, right):
     return float(ranks[right].sum()) - n1 * (n1 + 1) / 2, n1 * n0
 
 
+def wrong_class(level, p, right, threshold):
+    """Figures of calling wrong what has p < threshold: p (M) float64, right (M) booleans."""
+    flagged = p < threshold
+
+    def f1(flagged, wrong):  # precision, recall, F1
+        true = int((flagged & wrong).sum())
+        both = true / max(1, int(flagged.sum())), true / max(1, int(wrong.sum()))
+        return *both, statistics.harmonic_mean(both)
+    precision, recall, of_wrong = f1(flagged, ~right)
+    u, pairs = auc_pairs(p, right)
+    figures = {"precision": precision, "recall": recall, "F1": of_wrong,
+               "macro F1": (of_wrong + f1(~flagged, right)[2]) / 2,
+               "AUC": u / pairs if pairs else None}
+    return {f"{level} {key}": value for key, value in figures.items()}
+
+
 def metrics(logits_M, labels_M, steps_M):
     """Validation figures of the M labelled steps of all ranks together; steps_M: place in solution.
 

@@ -2,6 +2,8 @@
 import os
 import statistics
 import sys
+from itertools import chain
+from pathlib import Path
 from textwrap import indent
 
 from common import tasks
@@ -137,3 +139,14 @@ def report(rows, args):
 def line(label, values, costs):
     accuracy, error = mean_se([float(value) for value in values])
     print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {costs}")
+
+
+def print_figures(figures):
+    """A table of {column: {row: number}}; the mean over sets lacks rows."""
+    if figures:
+        print(f"{'':<22}" + "".join(f"{Path(name).name:>16.16}" for name in figures))
+    for key in dict.fromkeys(chain.from_iterable(figures.values())):
+        values = [column.get(key) for column in figures.values()]
+        texts = [f"{v:.3f}" if isinstance(v, float) else str("" if v is None else v)
+                 for v in values]
+        print(f"{key:<22}" + "".join(f"{text:>16}" for text in texts))

@@ -250,8 +250,8 @@ def need_folder(parser, args, *names):
 def add_run_flags(parser, limit=None, summary=True):
     """The flags that mean the same in every script. summary: has --overwrite and --json, too."""
     a = parser.add_argument
-    a("--limit", type=int, default=limit,
-      help=f"problems, or rows of each file ({limit}: raise it for a whole set)")
+    a("--limit", type=int, default=limit, help="problems, or rows of each file "
+      f"({limit or '100, first errors: all'}: raise it for a whole set)")
     a("--seed", type=int, default=0)
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", choices=["float32", "bfloat16", "float16"],

@@ -9,18 +9,20 @@ import hashlib
 import math
 import re
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 
 from common import tasks
-from common.data import first_wrong, read_rows, read_set
-from common.loaders import own_row
+from common.converters import one_a_problem, sample_row
+from common.data import plain, read_rows
+from common.judge import has_tests
+from common.loaders import check_tests, own_row, unpacked
 from common.policy import load_policy_flags
 from common.run import TINY, distributed, gather, journaled, same_flags
 
 # ---------------------------------------------------------------- anybody's
 
-def check_samples(row):
+def check_samples(row, logits=False):
     """Raise a ValueError that names what the metrics need and this row has not."""
     for key, kind in (("id", (str, int)), ("question", str), ("samples", list)):
         if not isinstance(row.get(key), kind):
@@ -34,15 +36,25 @@ def check_samples(row):
     picked = row.get("picked")
     if picked is not None and not (isinstance(picked, int) and 0 <= picked < len(row["samples"])):
         raise ValueError(f"picked: {picked!r} is no index of {len(row['samples'])} samples")
+    if row.get("tests"):
+        check_tests(unpacked(row["tests"]))  # an unknown kind, or no inputs to try
     for sample in row["samples"]:
         if not isinstance(sample, dict):
             raise ValueError("a sample that is no object")
-        check_sample(sample)
-        if "correct" not in sample and row.get("answer") is None and not row.get("tests"):
-            raise ValueError("nothing to judge by: neither correct, nor an answer, nor tests")
+        check_sample(sample, logits)
+        # search.py --question writes that nothing is correct, since it has no answer
+        if ("correct" not in sample or "strategy" in row) and not can_judge(row):
+            raise ValueError("nothing to judge by: neither correct, nor an answer, nor tests; "
+                             "--task TASK [--data FILE] says where they are")
 
 
-def check_sample(sample):
+def can_judge(row):
+    """Has this row, or problem as a dict, an answer or tests that try something?"""
+    tests = row.get("tests")
+    return bool(tests and has_tests(tests)) or row.get("answer") not in (None, "", [])
+
+
+def check_sample(sample, logits=False):
     """The same for one sample of a row."""
     steps, p = sample.get("steps"), sample.get("scores")
     if not isinstance(steps, list) or not steps or not all(isinstance(x, str) for x in steps):
@@ -50,9 +62,14 @@ def check_sample(sample):
     if p is not None:
         if not isinstance(p, list) or not all(isinstance(x, int | float | None) for x in p):
             raise ValueError("scores: a list of numbers is expected, or null")
-        if not all(x is None or math.isfinite(x) for x in p):
+        numbers = [x for x in p if x is not None]
+        if not all(map(math.isfinite, numbers)):
             raise ValueError("scores: a number is not finite")  # it would have no rank
-        if len(p) != len(steps):
+        if not logits and not all(0 <= x <= 1 for x in numbers):
+            wrong = next(x for x in numbers if not 0 <= x <= 1)
+            raise ValueError(f"scores: {wrong} is no probability: --scores logits takes them for "
+                             "logits, p = 1 / (1 + exp(-x)); --score --prm PRM makes new ones")
+        if len(p) not in (1, len(steps)):  # one: an outcome reward
             raise ValueError(f"{len(p)} scores for {len(steps)} steps")
     if sample.get("correct", False) not in (True, False):
         raise ValueError("correct: true or false is expected")
@@ -63,12 +80,22 @@ def check_sample(sample):
         raise ValueError("answer: a text is expected, or null")
 
 
-def read_samples(file):
-    """Sample rows of a JSONL file. "correct" and "answer" may be missing: the judge gives them."""
-    rows, lines = [], {}
-    for number, row in read_rows(file):
+def read_samples(args):
+    """Sample rows of --samples, anybody's (common/converters.py). "correct" and "answer" may be
+    missing: the judge gives them, by the row's answer or tests, or those of --task and --data."""
+    file, logits, rows = args.samples, args.scores == "logits", []
+    named = [task for task in args.task if not task.startswith("tiny")]  # those have their answers
+    if args.data and not named:
+        raise ValueError(f"--data {args.data} beside --samples: --task says what it holds")
+    known, lines = {}, {}  # by id and by question; by id
+    for task in named:
+        for p in tasks.load(task, args.data):
+            known |= {p.id: p, plain(p.question): p}
+    for number, row in one_a_problem((n, converted(file, n, row)) for n, row in read_rows(file)):
         try:
-            check_samples(row)
+            complete(row, known)
+            # with --score, whatever scores they have are not read
+            check_samples({**row, "samples": unscored(row)} if args.score else row, logits)
             if (line := lines.setdefault(row["id"], number)) != number:
                 raise ValueError(f"id {row['id']!r} is that of line {line}, too")
         except ValueError as error:
@@ -77,33 +104,84 @@ def read_samples(file):
         rows.append(row)
     if not rows:
         raise ValueError(f"{file}: no rows")
+    judge_rows(rows)
+    for sample in chain.from_iterable(row["samples"] for row in rows):
+        scores = sample.get("scores")
+        sample["scores"] = None if scores and None in scores else scores  # no PRM: a list of null
+        if sample["scores"] and logits:
+            sample["scores"] = [sigmoid(x) for x in sample["scores"]]
+    return rows
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0  # exp(710) overflows
+
+
+def converted(file, number, row):
+    try:
+        return sample_row(row)
+    except ValueError as error:
+        raise ValueError(f"{file}:{number}: {error}") from None
+
+
+def unscored(row):
+    samples = row["samples"] if isinstance(row.get("samples"), list) else []
+    return [{**s, "scores": None} if isinstance(s, dict) else s for s in samples]
+
+
+def complete(row, known):
+    """Give a row what its problem has: the question, the answer or tests, and programs' steps."""
+    key = row.get("id")
+    problem = known.get(key if isinstance(key, int) else str(key))
+    problem = problem or known.get(plain(str(row.get("question", ""))))
+    programs = [s for s in row.get("samples") or () if isinstance(s, dict) and "steps" not in s
+                and ("solution" in s or "completion" in s)]
+    if known and not problem:
+        raise ValueError(f"id {key!r}: no such problem in --task")
+    if programs and not problem:
+        raise ValueError("programs without tests: --task humaneval+ (or mbpp+, ...) [--data FILE]")
+    if problem:
+        row["question"], row["id"] = problem.question, problem.id
+        for name in ("answer", "tests"):
+            if row.get(name) is None and getattr(problem, name) is not None:
+                row[name] = getattr(problem, name)
+    for s in programs:  # a completion goes on from the prompt, in the middle of a function
+        code = s.pop("solution", None) or problem.meta["prompt"] + s.pop("completion")
+        s["steps"] = [f"```python\n{code}\n```"]
+
+
+def judge_rows(rows):
+    """Give each sample that has none "correct" and "answer"."""
     unjudged = []
     for row in rows:
         for s in row["samples"]:
-            scores = s.get("scores")
-            s["scores"] = None if scores and None in scores else scores  # no PRM: a list of null
             if "correct" not in s or "answer" not in s:
                 unjudged.append((s, (own_row(row, 0), "\n\n".join(s["steps"]))))
     texts = [text for _, text in unjudged]
     for (s, _), verdict, key in zip(unjudged, tasks.judge_many(texts), tasks.vote_keys(texts)):
         s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
-    return rows
 
 
-def has_scores(row):
-    return all(s["scores"] is not None for s in row["samples"])
-
-
-def read_first_errors(args):
-    """[(question, steps, first wrong step or -1)] of ProcessBench or of stepwise rows."""
-    if args.first_error.partition(":")[0] in tasks.TASKS:  # processbench has a label -1 .. T-1
-        problems = tasks.load(args.first_error, args.data, limit=args.limit)
-        if any("label" not in p.meta for p in problems):
-            raise ValueError(f"--first-error {args.first_error}: rows without a first error")
-        return [(p.question, p.meta["steps"], p.meta["label"]) for p in problems]
-    rows = islice(read_set(args.first_error), args.limit)
-    # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
-    return [(r["prompt"], r["completions"], first_wrong(r["labels"])) for _, r in rows]
+def measurable(rows, names, ns=None):
+    """Those of the metrics that these rows have what it takes for; says what is left out.
+    ValueError: fewer samples than the largest of ns."""
+    fewest = min(len(row["samples"]) for row in rows)
+    if ns and max(ns) > fewest:
+        raise ValueError(f"--N {max(ns)}: a problem has {fewest} samples")
+    samples = list(chain.from_iterable(row["samples"] for row in rows))
+    scored = all(s["scores"] is not None for s in samples)
+    if not scored:
+        names = [name for name in names if " by " not in name]
+    elif any(len(s["scores"]) < len(s["steps"]) for s in samples):
+        if any(len(s["scores"]) > 1 for s in samples):
+            raise ValueError("some samples have a score for each step, others one in all")
+        print("scores: one for each solution, an outcome reward; all aggregations are the same")
+        first = next(name for name in names if name.startswith("prm by"))
+        names = [name for name in names if not name.startswith("prm by") or name == first]
+    if all(s["answer"] is None for s in samples):
+        print("no sample has an answer: no vote")
+        names = [name for name in names if "maj" not in name]
+    return names
 
 
 # ---------------------------------------------------------------- ours, made once
@@ -171,6 +249,13 @@ def load_problems(args, rank):
     for task in args.task:
         for seed in args.seeds if task.startswith("tiny") else [0]:
             problems += tasks.load(task, args.data, None, args.limit, seed)
+    judged = [p for p in problems if can_judge(vars(p))]
+    if not judged:
+        raise ValueError(f"--task {' '.join(args.task)}: neither answers nor tests, nothing can be "
+                         "judged")
+    if len(judged) < len(problems) and rank == 0:
+        print(f"left out, without answer and tests: {len(problems) - len(judged)} problems")
+    problems = judged
     code = [p for p in problems if (p.tests or {}).get("reference")]
     if code and rank == 0:
         right, total, failing = tasks.reference_rate(code, progress=True)

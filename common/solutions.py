@@ -16,6 +16,7 @@ from pathlib import Path
 
 from common import tasks
 from common.data import first_wrong, read_set
+from common.loaders import gold_answer
 from common.run import write_rows
 
 
@@ -104,7 +105,7 @@ def given_solutions(files, problems, limit=None, neutral="good"):
                 known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], domain)
             problem = known[question]
             if problem.answer is None and row.get("answer") is not None:
-                problem.answer = str(row["answer"])
+                problem.answer = gold_answer(row["answer"])
             name = row.get("id") or where
             used[name] += 1
             if used[name] > 1:  # a PRM800K record has many rows, and two files may share ids

@@ -12,16 +12,18 @@ open.
 """
 import contextlib
 import pickle
+import random
 import time
 import zlib
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 
 from common import judge
-from common.answers import equivalent_many, extract_answer, normalise
+from common.answers import equivalent_many, extract_answer
 from common.data import hub_rows, read_rows
 from common.judge import extract_code
-from common.loaders import TASKS, Problem, own_row  # noqa: F401 (others import Problem from here)
+from common.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401 (others: Problem)
+from common.notation import normalise
 from common.run import command_line
 
 
@@ -88,8 +90,10 @@ def vote_keys(items):
 def load(task, data=None, split=None, limit=None, seed=0):
     """A task's problems, in file order. data: a local .json, .jsonl or .gz file instead of the hub.
 
+    limit: the first so many; of ProcessBench, whose files have the erroneous solutions first, that
+    many drawn at random with the seed.
     split, or in task "TASK:SPLIT": the hub's split; for livecodebench a window of contest dates
-    "2024-08-01:2025-02-01" (end excluded). seed: of the tiny world's problems.
+    "2024-08-01:2025-02-01" (end excluded). seed: of the tiny world's problems, too.
     ValueError "FILE:LINE: what is wrong".
     """
     if ":" in task:
@@ -103,7 +107,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
     name = task if split in (None, TASKS[task][2]) else f"{task}:{split}"
     problems, questions = [], set()
     for where, row in task_rows(task, data, split, limit, seed):
-        if limit is not None and len(problems) >= limit:
+        if limit is not None and len(problems) >= limit and task != "processbench":
             break
         problem = to_problem(task, name, where, row, len(problems))
         if (first or last) and not first <= problem.meta["date"][:10] < (last or "9"):
@@ -114,7 +118,15 @@ def load(task, data=None, split=None, limit=None, seed=0):
         questions.add(problem.question)
     if not problems:
         raise ValueError(f"{data or name}: no problems")
-    return problems
+    return drawn(problems, limit, seed)
+
+
+def drawn(rows, limit, seed):
+    """At most `limit` rows, drawn at random, in their order."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = random.Random(seed).sample(range(len(rows)), limit)
+    return [rows[i] for i in sorted(chosen)]
 
 
 def task_rows(task, data, split, limit, seed):
@@ -144,8 +156,10 @@ def to_problem(task, name, where, row, number):
     name: of the task and its split, for rows that have no id."""
     try:
         own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
-        make = own_row if own else TASKS[task][0]
-        problem = make(row, number)
+        likely = () if own else likely_tasks(row)
+        if likely and task not in likely:
+            raise ValueError(f"this is no row of {task} but of {' or '.join(likely)}: pass --task")
+        problem = (own_row if own else TASKS[task][0])(row, number)
         if not problem.question.strip():
             raise ValueError("empty question")
         if not own and problem.id == str(number):
@@ -179,7 +193,8 @@ def reference_rate(problems, progress=False):
     solutions = []
     for p in problems:
         if p.domain == "math" and p.answer is not None:
-            solutions.append((p, f"\\boxed{{{p.answer}}}"))
+            first = p.answer[0] if isinstance(p.answer, list) else p.answer
+            solutions.append((p, f"\\boxed{{{first}}}"))
         elif (p.tests or {}).get("reference"):
             solutions.append((p, f"```\n{p.tests['reference']}\n```"))
     verdicts = judge_many(solutions, progress=progress)

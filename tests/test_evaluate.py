@@ -29,6 +29,10 @@ def bench_of(flags):
     return Bench(parser, args, evaluate.load_prm, evaluate.search.solve)
 
 
+def read(file, *flags):
+    return read_samples(evaluate.parse(["--samples", str(file), *flags])[1])
+
+
 # ---------------------------------------------------------------- metrics
 
 @pytest.mark.parametrize("correct, n, want", [
@@ -140,7 +144,7 @@ def test_first_errors_of_processbench_rows(tmp_path):
     (tmp_path / "pb.json").write_text(json.dumps(rows))
     evaluate.main(["--first-error", "processbench", "--data", str(tmp_path / "pb.json"),
                    "--json", str(tmp_path / "x.json"), "--out", str(tmp_path)])
-    f = json.loads((tmp_path / "x.json").read_text())["first_error"]
+    f = json.loads((tmp_path / "x.json").read_text())["first_error"]["processbench"]
     assert f["F1"] > f["F1 of chance"] + 0.2
     assert 0 < f["threshold"] < 1
     assert f["step AUC"] > 0.8
@@ -243,7 +247,7 @@ def test_saved_samples_of_anybody(tmp_path):
 def test_malformed_sample_rows_are_named(bad, message, tmp_path):
     (tmp_path / "bad.jsonl").write_text(json.dumps(SEVEN) + "\n" + json.dumps(bad) + "\n")
     with pytest.raises(ValueError, match=f"bad.jsonl:2: {message}"):
-        read_samples(tmp_path / "bad.jsonl")
+        read(tmp_path / "bad.jsonl")
 
 
 def test_an_id_twice_is_refused():

@@ -24,7 +24,8 @@ def test_the_qwen_recipe_runs_with_two_ranks_and_fsdp(tmp_path):
     stages = ["annotate", "train", "first-error", "math", "code", "similarity"]
     assert sorted(f.stem for f in run.glob("*.done")) == sorted(stages)
     assert json.loads((run / "annotate.json").read_text())["kept"] == len((run / "rows.jsonl").read_text().splitlines())
-    assert json.loads((run / "first-error.json").read_text())["first_error"]["solutions"] > 0
+    [figures] = json.loads((run / "first-error.json").read_text())["first_error"].values()
+    assert figures["solutions"] > 0
     for domain in ("math", "code"):
         found = json.loads((run / f"{domain}.json").read_text())
         assert set(found["metrics"]) == {domain} and found["cost"]["beam"]["policy_generated"] > 0

@@ -219,7 +219,7 @@ def test_overlong_responses_are_cut_and_counted(lm_folder):
     assert (none, cut) == (0, 1)
     assert items[0] == (whole[0][0][:40], whole[0][1])
     policy.context = 2
-    with pytest.raises(ValueError, match="no token of the response in a context of 2"):
+    with pytest.raises(ValueError, match="a question of 4 tokens does not fit into the model's context of 2"):
         encode(policy, r)
 
 

@@ -123,9 +123,10 @@ def test_a_problem_with_an_empty_list_of_tests():
     assert judge.judge_many([(tests, "print(1)")]) == ["no tests"]
 
 
-@pytest.mark.parametrize("task", ["gsm8k", "aime24"])
-def test_numbers_without_ids_do_not_collide_between_tasks(tmp_path, task):
-    (tmp_path / "x.jsonl").write_text('{"question": "q", "answer": "#### 1"}\n')
+@pytest.mark.parametrize("task, row", [("gsm8k", {"question": "q", "answer": "#### 1"}),
+                                       ("aime24", {"problem": "q", "answer": "1"})])
+def test_numbers_without_ids_do_not_collide_between_tasks(tmp_path, task, row):
+    (tmp_path / "x.jsonl").write_text(json.dumps(row))
     assert load(task, tmp_path / "x.jsonl")[0].id == f"{task}-0"
 
 
@@ -192,6 +193,9 @@ ROWS = {
                             "unique_id": "a/1"}),
     "aime24": ("aime24", {"problem": "Q", "extracted_groundtruth": "033", "url": "u"}),
     "aime24-hub": ("aime24", {"id": 1, "problem": "Q", "solution": r"\boxed{033}"}),
+    "aime26": ("aime26", {"problem_idx": 4, "problem": "Q", "answer": 33}),
+    "gsm8k-solutions": ("gsm8k", {"question": "Q", "ground_truth": "6*7 = <<6*7=42>>42\nA: 42"}),
+    "several": ("math500", {"problem": "Q", "final_answer": ["1/2", "0.5"]}),
     "prm800k": ("prm800k", {"question": {"problem": "Q", "ground_truth_answer": "33"},
                             "label": {"steps": []}}),
     "processbench": ("processbench", {
@@ -262,6 +266,7 @@ def test_each_schema_loads_and_its_reference_passes(tmp_path, name):
 
 @pytest.mark.parametrize("name, want", [
     ("gsm8k", "1234"), ("math500", "1234"), ("aime24", "33"), ("aime24-hub", "33"),
+    ("aime26", "33"), ("gsm8k-solutions", "42"), ("several", ["1/2", "0.5"]),
     ("prm800k", "33"), ("own-math", "33"), ("processbench", None), ("apps", None)])
 def test_gold_answers(tmp_path, name, want):
     assert load_row(tmp_path, name).answer == want

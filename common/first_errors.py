@@ -1,0 +1,110 @@
+"""Sets of solutions with a known first wrong step: read, drawn, scored, and split in two."""
+import hashlib
+import math
+import statistics
+from itertools import accumulate
+
+from common import tasks
+from common.data import first_wrong, read_rows, read_set
+from common.run import gather, journaled
+
+PROCESSBENCH = ("gsm8k", "math", "olympiadbench", "omnimath")
+
+
+def read_first_errors(args):
+    """{name: [(question, steps, first wrong step or -1, row)]} of the sets of --first-error.
+
+    A set is a file or hub set of step labels in any schema of common/data.py, or processbench:
+    its four splits, or one of them: processbench:math. --limit: that many of each, drawn at random.
+    """
+    sets = {}
+    for name in args.first_error:
+        task, _, split = name.partition(":")
+        splits = [split] if split or args.data else PROCESSBENCH
+        if task in tasks.TASKS:
+            if task != "processbench":
+                raise ValueError(f"--first-error {name}: rows without a first error")
+            for split in splits:
+                problems = tasks.load(task, args.data, split or None, args.limit, args.seed)
+                sets[split or name] = [(p.question, p.meta["steps"], p.meta["label"], {})
+                                       for p in problems]
+            continue
+        rows = tasks.drawn([row for _, row in read_set(name)], args.limit, args.seed)
+        # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
+        sets[name] = [(r["prompt"], r["completions"], first_wrong(r["labels"]), r) for r in rows]
+    return sets
+
+
+def score_first_errors(bench, args):
+    """{name: [(question, p of each step, first wrong step or -1)]}: by --prm, or of --samples,
+    whose rows {"id", "scores"} belong to the set's rows in any order."""
+    given = step_scores(args.samples) if args.samples else None
+    scored = {}
+    for name, items in read_first_errors(args).items():
+        def score(numbers, items=items):
+            questions, solutions, _, _ = zip(*(items[i] for i in numbers))
+            scores = bench.prm(args.prm[0]).score(questions, solutions)
+            return [{"id": i, "scores": p} for i, p in zip(numbers, scores)]
+        if given is None:
+            rows = gather(journaled(None, range(len(items)), score, names=lambda i: [i],
+                                    chunk=args.concurrent, desc=f"first errors of {name}"))[0]
+            scores = [row["scores"] for row in rows]
+        else:
+            scores = [of_steps(given, row, steps) for _, steps, _, row in items]
+        scored[name] = [(q, p, y) for p, (q, _, y, _) in zip(scores, items)]
+    return scored
+
+
+def step_scores(file):
+    """{id: scores} of rows {"id", "scores"}. ReasonEval has three classes: that a step is wrong,
+    right, or right and needed; the last two are its validity."""
+    scores = {}
+    for number, row in read_rows(file):
+        try:
+            p = [sum(x[1:]) if isinstance(x, list) else x for x in row["scores"]]
+            if not all(0 <= x <= 1 + 1e-6 for x in p):  # also false for nan
+                raise ValueError("scores: a probability for each step is expected")
+            scores[row["id"]] = p
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: no id and scores ({error!r})") from None
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}") from None
+    return scores
+
+
+def of_steps(given, row, steps):
+    """Scores of a row's steps; a step of several sentences is as good as the worst of them."""
+    p = given.get(row.get("id"))
+    if p is None:
+        raise ValueError(f"--samples has no scores for id {row.get('id')!r}")
+    if len(p) != len(steps) and "sentences" in row:
+        ends = list(accumulate(row["sentences"]))
+        p = [min(p[end - n:end], default=math.nan) for n, end in zip(row["sentences"], ends)]
+    if len(p) != len(steps) or any(map(math.isnan, p)):
+        raise ValueError(f"--samples, id {row.get('id')!r}: {len(p)} scores for {len(steps)} steps")
+    return p
+
+
+def halves(name, items):
+    """([(p, y)] of one half, {question: [(p, y)]} of the other). A hash of the question decides:
+    solutions of one problem stay together. ValueError: too few."""
+    choose, test = [], {}
+    for question, p, y in items:
+        if hashlib.blake2b(question.encode()).digest()[0] % 2:
+            test.setdefault(question, []).append((p, y))
+        else:
+            choose.append((p, y))
+    if not choose or not test:
+        raise ValueError(f"{name}: {len(items)} solutions are too few to split; --threshold 0.5 "
+                         "needs no other half")
+    return choose, test
+
+
+def with_mean(figures):
+    """Adds the mean over several sets, of each share and of F1, as ProcessBench has it."""
+    if len(figures) == 1:
+        return figures
+    means = {}
+    for key in ("erroneous", "correct", "F1"):
+        means[key] = statistics.fmean(f[key] or 0.0 for f in figures.values())
+    return figures | {"mean": means}
