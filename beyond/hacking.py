@@ -43,8 +43,11 @@ class Run:
 
     def values(self, step, domain, key):
         """One value a problem: the mean of its samples' `correct` or `reward`."""
-        rows = [row for row in self.samples[step] if row["domain"] == domain]
-        return [fmean(float(s[key]) for s in row["samples"]) for row in rows]
+        means = []
+        for row in self.samples[step]:
+            if row["domain"] == domain:
+                means.append(fmean(float(s[key]) for s in row["samples"]))
+        return means
 
     def domains(self):
         return sorted({row["domain"] for row in self.samples[0]}, reverse=True)
@@ -137,7 +140,10 @@ def draw_line(ax, points, colour, line):
 
 def table(forms):
     """Markdown: before, best and last, and at as many generated tokens as every form has spent."""
-    spent = min(max(run.tokens[step] for step in run.samples) for run in sum(forms.values(), []))
+    totals = []  # tokens of each run
+    for run in sum(forms.values(), []):
+        totals.append(max(run.tokens[step] for step in run.samples))
+    spent = min(totals)
     lines = [f"| form | seeds | | accuracy at step 0 | at {spent / 1e6:.2f} M tokens | at the end "
              "| reward at step 0 | at the end | hacking from |", "|---" * 9 + "|"]
     for form, runs in forms.items():

@@ -163,7 +163,10 @@ def evaluate(policy, prm, problems, how, file):
     if rank == 0:
         write_rows(file, rows)
     domains = sorted({row["domain"] for row in rows}, reverse=True)
-    return {domain: figures([r for r in rows if r["domain"] == domain]) for domain in domains}
+    parts = {}
+    for domain in domains:
+        parts[domain] = figures([row for row in rows if row["domain"] == domain])
+    return parts
 
 
 def figures(rows):

@@ -8,7 +8,7 @@ from textwrap import indent
 
 from common import tasks
 from common.loaders import packed
-from common.metrics import mean_se
+from common.metrics import interval
 
 
 def sample_rows(problems, searches, strategy, separator):
@@ -113,13 +113,13 @@ def mean(rows, column, key):
 
 
 def report(rows, args):
-    """Print a table for each domain: accuracy ± a standard error over problems, and mean costs."""
+    """Print for each domain accuracies, with 95 % intervals over problems, and mean costs."""
     names = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}",
              "mcts": "MCTS", "majority": f"majority of {args.n}"}
     baselines = {"argmax": "best-of-N, same tokens", "weighted": "weighted vote, same tokens",
                  "vote": "majority vote, same tokens", "single": "a single sample"}
     for domain, part in by_domain(rows).items():
-        print(f"{f'{domain}, {len(part)} problems':<34}accuracy         "
+        print(f"{f'{domain}, {len(part)} problems':<34}accuracy [95 %]     "
               "generated  prefilled PRM tokens   seconds / problem")
         counts = ("policy_generated", "policy_prefilled", "prm_tokens")
         spent = "".join(f"{mean(part, 'cost', count):>11.0f}" for count in counts)
@@ -137,8 +137,8 @@ def report(rows, args):
 
 
 def line(label, values, costs):
-    accuracy, error = mean_se([float(value) for value in values])
-    print(f"  {label:<32}{accuracy:.3f} ± {error:.3f}  {costs}")
+    accuracy, low, high = interval([float(value) for value in values])
+    print(f"  {label:<32}{accuracy:.3f} [{low:.2f}, {high:.2f}]{costs}")
 
 
 def print_figures(figures):

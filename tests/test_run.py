@@ -200,7 +200,8 @@ def test_an_error_of_ours_keeps_its_traceback():
 
 
 SLEEP = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 from common.run import add_run_flags, command_line
 parser = command_line("")
 add_run_flags(parser)

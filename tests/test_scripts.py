@@ -9,9 +9,9 @@ import pytest
 from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
-FLOORS = ["early", "run", "data", "inside", "referee", "programs", "outputs", "sandbox", "judge", "answers", "loaders",
-          "tasks", "node", "cache", "models", "thinking", "policy", "published", "examples", "server", "prm_server", "metrics",
-          "router", "results", "page", "driver", "responses", "samples", "solutions", "checkpoint"]
+FLOORS = ["early", "run", "converters", "data", "inside", "referee", "programs", "outputs", "sandbox", "judge", "notation", "answers",
+          "loaders", "tasks", "node", "cache", "models", "thinking", "policy", "published", "examples", "server", "prm_server", "metrics",
+          "router", "results", "page", "driver", "responses", "samples", "first_errors", "solutions", "checkpoint"]
 FLOORS = [f"common.{name}" for name in FLOORS]
 FLOORS += ["tiny.world", "prm_model", "train", "search", "annotate", "similarity", "evaluate"]
 FLOORS += ["paper.label_noise", "paper.bars", "paper.drawing", "paper.scaling", "paper.figures", "tiny.make"]
