@@ -2,7 +2,7 @@
 
     python search.py --strategy beam                 # the tiny world, shipped with this repository
     python search.py --strategy mcts --textbook      # as Appendix B.4 has it, without our additions
-    python search.py --strategy mcts --task tiny-code --tokens 2000      # a budget for each problem
+    python search.py --strategy mcts --until 0.5 --tokens 2000   # a budget; ends once R_i >= 0.5
     python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In \\
 February she doubles them. In March she loses 9. In April she finds 6. How many now?"
     python search.py --strategy best_of_n --task math500 --policy Qwen/Qwen2.5-7B-Instruct \\
@@ -240,7 +240,7 @@ def choose(row, rule, how, tokens=math.inf):
     if not samples:
         return None
     if rule == "visited":  # at each node the most visited child; below the last the best reward
-        return max(range(len(R)), key=lambda i: (samples[i]["visits"], R[i]))
+        return max(range(len(R)), key=lambda i: (samples[i].get("visits", []), R[i]))
     if rule == "argmax":
         return arg_max(R)
     return mode([s["answer"] for s in samples], R if rule == "weighted" else None)
