@@ -39,7 +39,7 @@ import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 
-from common.outputs import answer, decode, encode, plain, right, same, same_text  # noqa: F401 (for callers)
+from common.outputs import answer, decode, encode, plain, right, same, same_text  # noqa: F401
 from common.programs import examples, extract_code, parsed  # noqa: F401
 from common.sandbox import close, execute  # noqa: F401
 
