@@ -12,7 +12,7 @@ Intervals are 95 % over problems; differences are paired over problems. Rows are
 is a folder of files named by what they hold (best_of_n-16-tiny-A-tiny-prm.jsonl), each with its
 settings beside it (.flags). Rows of other settings are refused; --overwrite makes them again.
 --json: {"settings", "metrics": {domain: {name: {N: {"value", "low", "high"}}, "paired": [...]}},
-"beam", "mcts": {domain: ...}, "cost": {strategy: ...}}, or {"settings", "first_error"}.
+"beam", "mcts": {domain: ...}, "cost": {strategy: ...}}, or {"settings", "first_error": {set: ...}}.
 """
 import common.early  # noqa: F401  answers --help before what is slow to import
 import json

@@ -196,13 +196,15 @@ def parse(tex):
 def math_equal(gold, pred):
     """Runs in a worker. The gold answer comes first: math-verify's comparison is asymmetric."""
     import math_verify
+    import sympy
 
     a, b = prepared(gold), prepared(pred)
     if a is None or b is None:  # prose
         return plain(gold) == plain(pred)
     a, b = comparable(parse(a), parse(b))
-    # equal: the same to 6 decimals, exact where both are exact; 50% is 50 and is 0.5
-    return bool(math_verify.verify(a, b, timeout_seconds=None))
+    # equal: Floats to 6 decimals, exact ones to as many digits; 50% is 50 and is 0.5
+    exact = not any(isinstance(x, sympy.Basic) and x.has(sympy.Float) for x in (*a, *b))
+    return math_verify.verify(a, b, timeout_seconds=None, numeric_precision=100 if exact else 15)
 
 
 def plain(text):
@@ -220,5 +222,5 @@ def comparable(gold, pred):
         size = max(abs(x.evalf(15)) if x.is_comparable else 0 for x in numbers)
         if 0 < size < 0.01:
             scale = 10 ** -int(sympy.floor(sympy.log(size, 10)) + 2)
-            return [x.doit() * scale for x in numbers]
+            return [[x.doit() * scale] for x in numbers]
     return gold, pred

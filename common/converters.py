@@ -36,6 +36,7 @@ def from_reasoneval(row, neutral=None):
     that is wrong in no step is left out, as in its figures."""
     steps = row["model_output_step_format"]
     first = row["model_output_solution_first_error_step"]
+    # a wrong answer without a wrong step: nobody knows what a PRM should say there
     if first == "N/A" and row["model_output_solution_correctness"] != "correct":
         return []
     labels = first_error_labels(steps, -1 if first == "N/A" else int(first) - 1)
@@ -49,6 +50,7 @@ def from_math_aps(row, neutral=None):
     steps = [step.strip() for step in row["process"].split("\n" * 5)]
     steps = [step for step in steps if step]
     signs = [{"+": 1.0, "-": 0.0}[sign] for sign in row["label"]]
+    # what comes before a labelled end are the steps of the same prefix, labelled in other rows
     labels = [None] * (len(steps) - len(signs)) + signs
     return [{"prompt": row["question"], "completions": steps, "labels": labels}]
 
@@ -80,6 +82,7 @@ def columns(row, texts, **lists):
 
 def from_evalplus(row):
     """A line is a sample: {"task_id", "solution": whole program or "completion": of the prompt}."""
+    # the steps are made where the prompt is known: common/samples.py
     name = "solution" if "solution" in row else "completion"
     return {"id": row["task_id"], "samples": [{name: row[name]}]}
 
@@ -94,6 +97,7 @@ def from_search_and_learn(row):
 def from_rlhflow(row):
     """Steps end with Math-Shepherd's tag or an empty line. step_scores: of each step, or of each
     solution (orm_evaluate.py)."""
+    # its Mistral pools carry the tag, its Deepseek pools do not
     texts = [steps_of(text, "ки" if "ки" in text else "\n\n") for text in row["answers"]]
     scores = row.get("step_scores")
     if scores and not isinstance(scores[0], list):
@@ -105,6 +109,7 @@ def from_rlhflow(row):
 
 def from_qwen_math(row):
     """"score" says what is right, "pred" is the answer, "pred_score" has a reward model's logit."""
+    # "" is no answer there, and no vote here
     answers = row.get("pred") and [answer or None for answer in row["pred"]]
     return {"id": row["idx"], "question": row.get("question") or row["problem"],
             "answer": row.get("gt", row.get("answer")),
@@ -129,6 +134,7 @@ def refused(row):
                      "SET beside --samples")
 
 
+# the first whose fields a row has; sets of scores alone come last, since pools have ids, too
 POOLS = [({"task_id", "solution"}, from_evalplus), ({"task_id", "completion"}, from_evalplus),
          ({"problem", "completions"}, from_search_and_learn), ({"prompt", "answers"}, from_rlhflow),
          ({"idx", "code"}, from_qwen_math), ({"question", "outputs"}, from_birm),
@@ -152,6 +158,7 @@ def one_a_problem(rows):
     """Rows of one sample each, as evalplus has them -> a row a problem. rows: [(line, row)]."""
     merged = {}
     for number, row in rows:
+        # a row with a question is whole: two of one id stay two
         key = row.get("id") if "question" not in row else (row.get("id"), number)
         if key in merged:
             merged[key][1]["samples"] += row["samples"]

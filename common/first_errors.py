@@ -20,6 +20,7 @@ def read_first_errors(args):
     sets = {}
     for name in args.first_error:
         task, _, split = name.partition(":")
+        # the four splits are four files on the hub; a local file is one of them
         splits = [split] if split or args.data else PROCESSBENCH
         if task in tasks.TASKS:
             if task != "processbench":
@@ -38,6 +39,7 @@ def read_first_errors(args):
 def score_first_errors(bench, args):
     """{name: [(question, p of each step, first wrong step or -1)]}: by --prm, or of --samples,
     whose rows {"id", "scores"} belong to the set's rows in any order."""
+    # a PRM of others may not run here, but its scores are often published
     given = step_scores(args.samples) if args.samples else None
     scored = {}
     for name, items in read_first_errors(args).items():
@@ -62,6 +64,7 @@ def step_scores(file):
     for number, row in read_rows(file):
         try:
             p = [sum(x[1:]) if isinstance(x, list) else x for x in row["scores"]]
+            # ROSCOE's, say, are none, and a threshold of 0.5 would say nothing about them
             if not all(0 <= x <= 1 + 1e-6 for x in p):  # also false for nan
                 raise ValueError("scores: a probability for each step is expected")
             scores[row["id"]] = p
@@ -77,6 +80,7 @@ def of_steps(given, row, steps):
     p = given.get(row.get("id"))
     if p is None:
         raise ValueError(f"--samples has no scores for id {row.get('id')!r}")
+    # a PRM that judged whole steps has as many scores as steps
     if len(p) != len(steps) and "sentences" in row:
         ends = list(accumulate(row["sentences"]))
         p = [min(p[end - n:end], default=math.nan) for n, end in zip(row["sentences"], ends)]
@@ -106,5 +110,6 @@ def with_mean(figures):
         return figures
     means = {}
     for key in ("erroneous", "correct", "F1"):
+        # the mean of the sets' F1, not the F1 of their means
         means[key] = statistics.fmean(f[key] or 0.0 for f in figures.values())
     return figures | {"mean": means}

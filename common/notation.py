@@ -22,6 +22,8 @@ SYNONYMS = [(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![a-zA-Z])", "")
             (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\varnothing", r"\\emptyset"),
             (r"\\(?:degree|textdegree)(?![a-zA-Z])|\^\s*{\s*\\circ\s*}", r"^\\circ"),
             (r"\\{\s*\\}", r"\\emptyset"), (r"\\%", "%"), (r"\\[\[\]()]", "")]
+# 52_8, (52)_{8}, 52_{\\text{eight}} without its dress, 52 (base 8)
+BASE = re.compile(r"^\(?([\dA-Fa-f]+)\)?\s?(?:_|\(?base)\s?{?\(?(?:base )?(\w+)\)?}?\)?$")
 DRESS = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|rm)\s*{([^{}]*)}")
 
 
@@ -36,7 +38,7 @@ def normalise(answer):
     s = DRESS.sub(r"\1", clean(answer))
     s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s).replace(r"^\circ", "°")
     s = re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", s)  # "1 1/2" is not "11/2"
-    s = re.sub(r"_{(\w+)}$", r"_\1", s).removesuffix("_10")  # the base of a number: 52_{8}
+    s = BASE.sub(lambda m: f"{m[1]}_{NUMBERS.get(m[2].lower(), m[2])}", s).removesuffix("_10")
     if re.fullmatch(r"[-+]?\d{1,999}(\.0*)?", s):  # int() refuses more than 4,300 digits
         return str(int(s.split(".")[0]))
     return s
@@ -114,9 +116,10 @@ def worded(s):
 def without_unit(s):
     """A quantity -> its value, None if words are left whose part in the value nobody knows."""
     s = re.sub(r"(?i)^(?:(?:about|approximately|roughly|around|exactly|usd)\s+|[€£¥₹]\s*)", "", s)
+    s = re.sub(r"[\s']+(?=%)|(?<=\\circ)\s*'?[CFK]$", "", s)  # 20 °C is 20
     # dressed words, which prepared() marks with a ', may be short; bare ones might be xyz
     word = rf"(?:'[A-Za-z]+|(?:(?<=\s)[A-Za-z]{{3,}}|[A-Za-z]{{4,}}|(?:{SHORT})(?![A-Za-z])))"
-    unit = rf"\s*{word}(?:[\s./'-]+[A-Za-z]+)*(?:\s*\^{{?-?\d}}?)?\.?"
+    unit = rf"\s*{word}(?:(?:[\s./'-]|\\cdot)+[A-Za-z]+)*(?:\s*\^{{?-?\d}}?)?\.?"
     match = re.fullmatch(rf"(.*[\d}})!%]|.*\\(?:pi|circ)\s*)({unit})", s)
     if match and not re.search(r"\d", match[2].split("^")[0]) and not CHANGES.search(match[2]):
         s = match[1]
@@ -203,12 +206,14 @@ def exact_decimals(s):
 @functools.lru_cache(10_000)
 def prepared(answer):
     """An answer -> LaTeX that math-verify reads as it is meant, or None: it is prose."""
-    s = DRESS.sub(lambda m: " " + re.sub(r"([A-Za-z]+)", r"'\1", m[1]) + " ", clean(answer))
+    def marked(match):  # each word of \text{...} gets a ' in front: it is no product of letters
+        return " " + re.sub(r"(?<![\\A-Za-z])([A-Za-z]+)", r"'\1", match[1]) + " "
+    s = DRESS.sub(marked, clean(answer))
     s = re.sub(r"'(and|or)\b", r"\1", s)
     items = []
     # an "and" between two values makes a list; other ones belong to a unit
     for item in re.split(r"\s*(?:;|,?\s(?:and|or)\s(?=.*[\d\\=]))\s*", s):
-        item = exact_decimals(worded(item.replace("'", " '")) if "'" in item else worded(item))
+        item = exact_decimals(worded(item))
         item = re.sub(rf"(?<![\\a-zA-Z'])({FUNCTIONS})(?![a-zA-Z])", r"\\\1", item.strip())
         items.append(without_unit(item))
     return None if None in items else braced(", ".join(items))

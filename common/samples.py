@@ -87,7 +87,9 @@ def read_samples(args):
     named = [task for task in args.task if not task.startswith("tiny")]  # those have their answers
     if args.data and not named:
         raise ValueError(f"--data {args.data} beside --samples: --task says what it holds")
-    known, lines = {}, {}  # by id and by question; by id
+    # by id and by question: other projects number a set's problems in their own way
+    known = {}
+    lines = {}  # {id: line}
     for task in named:
         for p in tasks.load(task, args.data):
             known |= {p.id: p, plain(p.question): p}
@@ -136,7 +138,7 @@ def complete(row, known):
     problem = problem or known.get(plain(str(row.get("question", ""))))
     programs = [s for s in row.get("samples") or () if isinstance(s, dict) and "steps" not in s
                 and ("solution" in s or "completion" in s)]
-    if known and not problem:
+    if known and not problem:  # of another set: to judge only the rest would change the figures
         raise ValueError(f"id {key!r}: no such problem in --task")
     if programs and not problem:
         raise ValueError("programs without tests: --task humaneval+ (or mbpp+, ...) [--data FILE]")
