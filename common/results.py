@@ -114,6 +114,9 @@ def mean(rows, column, key):
 
 def report(rows, args):
     """Print for each domain accuracies, with 95 % intervals over problems, and mean costs."""
+    if rows and not any(row.get("answer") is not None or row.get("tests") for row in rows):
+        print("no problem has an answer or tests: nothing is judged")
+        return
     names = {"beam": f"beam search {args.k}x{args.m}", "best_of_n": f"best-of-{args.n}",
              "mcts": "MCTS", "majority": f"majority of {args.n}"}
     baselines = {"argmax": "best-of-N, same tokens", "weighted": "weighted vote, same tokens",
