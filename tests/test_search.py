@@ -24,6 +24,7 @@ from search import (
     compare,
     merge,
     mode,
+    report,
     samples_in_rounds,
     uct_select,
 )
@@ -363,6 +364,11 @@ def test_bad_input_is_one_clear_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         search.main(["--strategy", "beam", "--task", "gsm8k" if "--data" in flags else "tiny-math", *flags])
     assert words in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_without_answers_nothing_is_judged(capsys):
+    report([{"domain": "math", "answer": None}], None)
+    assert "nothing is judged" in capsys.readouterr().out
 
 
 def test_malformed_data_names_file_and_line(tmp_path, capsys):
