@@ -9,6 +9,7 @@ intervals are 95 %, bootstrap over problems and seeds (over problems alone where
 Hacking has begun, by definition here, at the first evaluation whose accuracy is below that of an
 earlier one (paired over problems, beyond two standard errors) while its mean reward is not.
 """
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
@@ -164,24 +165,23 @@ def table(forms):
 
 
 def habits(forms):
-    """Markdown: how solutions of the tiny world end, at the first and the last common evaluation.
+    """Markdown: how solutions of the tiny world end, at the start and each form's last evaluation.
 
     A problem has one step for each month or `Let`, and the answer. early: fewer steps; longer: more
     of them; corrected: with a step that says "wait"; right steps: by the rule of the world.
     """
     lines = ["| form | | step | ends early | longer | corrected | right steps | all right |",
              "|---" * 8 + "|"]
-    for form, runs in forms.items():
-        steps = steps_of(runs)
+    groups = [("start", next(iter(forms.values())), 0)]  # all forms start from one policy
+    groups += [(form, runs, steps_of(runs)[-1]) for form, runs in forms.items()]
+    for name, runs, step in groups:
         for domain in runs[0].domains():
-            for step in (steps[0], steps[-1]):
-                shares = []
-                for run in runs:
-                    rows = [row for row in run.samples[step] if row["domain"] == domain]
-                    for row in rows:
-                        shares += [habit(row, s) for s in row["samples"]]
-                cells = " | ".join(f"{fmean(column):.3f}" for column in zip(*shares))
-                lines.append(f"| {form} | {domain} | {step} | {cells} |")
+            shares = []
+            for row in chain.from_iterable(run.samples[step] for run in runs):
+                if row["domain"] == domain:
+                    shares += [habit(row, s) for s in row["samples"]]
+            cells = " | ".join(f"{fmean(column):.3f}" for column in zip(*shares))
+            lines.append(f"| {name} | {domain} | {step} | {cells} |")
     return "\n".join(lines)
 
 

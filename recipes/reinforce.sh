@@ -7,7 +7,7 @@
 #   SEEDS=0 STEPS=40 bash recipes/reinforce.sh         # the first look
 set -euo pipefail
 cd "$(dirname "$0")/.."
-RUN=${RUN:-runs/reinforce} PROCESSES=${PROCESSES:-1} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-200} PROBLEMS=${PROBLEMS:-50}
+RUN=${RUN:-runs/reinforce} PROCESSES=${PROCESSES:-1} SEEDS=${SEEDS:-0 1 2} STEPS=${STEPS:-200} PROBLEMS=${PROBLEMS:-50} LIMIT=${LIMIT:-100}
 FORMS=${FORMS:-outcome prm min verified advantage sum distil}
 set -- $SEEDS
 count=$(wc -w <<< "$FORMS")
@@ -30,5 +30,5 @@ run table $PYTHON -m beyond.hacking --runs "$RUN"/*-[0-9]/ --out "$RUN" --exampl
 # the loop, closed once: is the gain of search kept?
 policy=$RUN/${FORMS%% *}-${SEEDS%% *}
 for strategy in "beam" "best_of_n --choose weighted" "majority"; do
-  run "search-${strategy%% *}" ranks search.py --strategy $strategy --n 16 --policy "$policy" --limit 100 --seed 3
+  run "search-${strategy%% *}" ranks search.py --strategy $strategy --n 16 --policy "$policy" --limit "$LIMIT" --seed 3
 done
