@@ -89,10 +89,11 @@ def unshare(uid):
     links = [f for f in SYSTEM if os.path.islink(f)]  # /bin -> usr/bin
     folders = [f for f in python_folders() if f not in links]
     etc = " ".join(f"/etc/{name}" for name in ETC if os.path.lexists(f"/etc/{name}"))
+    # /tmp comes first: Python itself may stand below the host's /tmp
+    table = [f"judge {ROOT}{f} tmpfs size={FILES},mode=1777,nosuid" for f in ("/tmp", "/dev/shm")]
     # nosuid and nodev may be locked on, where a user's namespace has to repeat them
-    table = [f"{f} {ROOT}{f} none rbind,ro,nosuid,nodev" for f in folders]
+    table += [f"{f} {ROOT}{f} none rbind,ro,nosuid,nodev,X-mount.mkdir" for f in folders]
     table += [f"/dev/{d} {ROOT}/dev/{d} none bind" for d in ("null", "zero", "urandom", "random")]
-    table += [f"judge {ROOT}{f} tmpfs size={FILES},mode=1777,nosuid" for f in ("/tmp", "/dev/shm")]
     table += [f"proc {ROOT}/proc proc nosuid,nodev,noexec"]
     script = "\n".join([
         f"mount -n -t tmpfs -o mode=755,nosuid judge {ROOT} && cd {ROOT} || exit 99",

@@ -479,6 +479,15 @@ def test_without_namespaces(rights, tmp_path):
     assert not (tmp_path / "was_here").exists()
 
 
+def test_a_python_below_tmp_is_isolated_as_well(tmp_path):
+    """Programs have a /tmp of their own, which may not hide the Python that runs them."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
+    ask = "from common.sandbox import sandbox; print(sandbox()[1])"
+    modes = [subprocess.run([python, "-W", "ignore", "-c", ask], cwd=Path(judge.__file__).parents[1], text=True,
+                            capture_output=True).stdout for python in (sys.executable, str(tmp_path / "venv/bin/python"))]
+    assert modes[0] == modes[1] != ""
+
+
 def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
     script = textwrap.dedent("""
         import os, socket, subprocess, sys
