@@ -63,9 +63,11 @@ class Search:
 
     def is_sure(self):
         """D.2: no more samples where one solution is good enough. One that was cut off is none."""
-        reward = self.options.get("reward")
+        if self.until == math.inf:
+            return False
+        reward = self.options["reward"]
         ends = [node for _, node in self.finished if node.end != "length"]
-        return self.until < math.inf and any(reward(node) >= self.until for node in ends)
+        return any(reward(node) >= self.until for node in ends)
 
     def stop(self):
         self.request = None
