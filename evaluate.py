@@ -253,7 +253,7 @@ def check(parser, args):
     args.out = args.out or "runs/evaluate"
     args.resume = args.resume or not args.overwrite  # the folder grows
     check_run_flags(parser, args, "n", "k", "m", "simulations", "concurrent")
-    args.tokens = math.inf  # no budget but --n, --simulations ...
+    args.tokens = getattr(args, "tokens", math.inf)  # else no budget but --n, --simulations ...
     args.seeds = getattr(args, "seeds", [0])
     if len(args.prm) > 1:
         parser.error("--prm takes one PRM: search.py combines, paper.figures compares several")

@@ -12,14 +12,14 @@ February she doubles them. In March she loses 9. In April she finds 6. How many 
 
 A strategy is a generator for one problem. It yields a Request, "sample n next steps below these
 nodes" (or whole solutions), and is sent the new nodes; each brings node.p = p_t, the PRM's
-probability that its step is correct. common/driver.py batches the requests of many problems.
-The file has the textbook first, then our additions to it, then rows, report and flags.
+probability that its step is correct, and node.end: None if it goes on, "length" if it is cut off.
+common/driver.py batches many problems, and gives N (MCTS's visits) and left() (unspent tokens).
 
 A node of the tree is one step, and stands for the action that leads to it: a state s is the path
 from the root to a node, an action a is a child, so N[child] is N(s, a) and Q[child] is Q(s, a).
 
-Symbols: N solutions; K paths kept; M steps sampled below a path; R_i reward of solution i, made of
-its p_t by --aggregate; A_i its answer.
+Symbols: N solutions (here n); K paths kept; M steps sampled below a path; R_i reward of solution i,
+made of its p_t by --aggregate; A_i its answer; N(s), N(s, a), Q(s, a) in MCTS only.
 """
 import common.early  # noqa: F401  answers --help before what is slow to import
 import math
@@ -75,7 +75,8 @@ def beam(root, k, m, path_score, **_):  # README, step 6
 
         Top Paths = Select Top K from { sum_{t=1..T} R(x_t) },   R(x_t) = p_t
 
-    k = 1 is the step-by-step decoding of Appendix C. path_score(node) is the sum above.
+    k = 1 is the step-by-step decoding of Appendix C. path_score(node) is the sum above: it ranks
+    paths on the way. Of those that ended choose() takes the best R_i.
     """
     paths = [root]
     while live := [node for node in paths if node.end is None]:
@@ -113,11 +114,11 @@ def mcts(root, m, simulations, c, reward, N, **_):  # README, step 6
 
 def simulate_and_back_up(path, N, Q, reward):
     """Phases 3 and 4 of MCTS for a path from the root to a leaf."""
-    end = path[-1]
-    if end.end is None:                                     # 3. simulation: one rollout to the end
-        [[end]] = yield Request([end], 1, whole=True)
+    last = path[-1]
+    if last.end is None:                                    # 3. simulation: one rollout to the end
+        [[last]] = yield Request([last], 1, whole=True)
     # The PRM values the rollout, never the right answer. Cut off, a rollout answers nothing: 0.
-    value = 0.0 if end.end == "length" else reward(end)
+    value = 0.0 if last.end == "length" else reward(last)
     for node in path:                                       # 4. backpropagation of the mean
         N[node] += 1
         Q[node] += (value - Q[node]) / N[node]
@@ -188,8 +189,8 @@ def mcts_extended(root, m, simulations, c, reward, N, threshold=PRUNE, **_):
 
 
 def samples_in_rounds(root, left, n, until, **_):
-    """Best-of-N in rounds of as many samples as the longest so far lets fit into left() tokens, at
-    first one. With --until they are ROUND at most: the driver ends the search after a good one."""
+    """Best-of-N in rounds: one sample, then as many as fit left() if all are as long as that.
+    With --until ROUND at most, and the driver ends the search after one that is good enough."""
     drawn = longest = 0
     while drawn < n:
         most = left() / longest if longest else 1
@@ -200,7 +201,7 @@ def samples_in_rounds(root, left, n, until, **_):
 
 
 STRATEGIES = {**TEXTBOOK, "beam": beam_extended, "mcts": mcts_extended}
-RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # of --choose
+RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # B.4.3 names none
 
 
 # ------------------------------------------------------------ from problems to sample rows
@@ -239,7 +240,7 @@ def choose(row, rule, how, tokens=math.inf):
     R = rewards(samples, how)
     if not samples:
         return None
-    if rule == "visited":  # at each node the most visited child; below the last the best reward
+    if rule == "visited":  # lists compare from the root on: the most visited child each time
         return max(range(len(R)), key=lambda i: (samples[i].get("visits", []), R[i]))
     if rule == "argmax":
         return arg_max(R)
@@ -270,7 +271,7 @@ def add_search_flags(parser, n=None):
     a("--simulations", type=int, default=32, help="MCTS: visits of the root (32)")
     a("--textbook", action="store_true", help="beam, MCTS as in B.4, without our additions")
     a("--until", type=run.share, default=math.inf,
-      help="end a problem's search once a solution has this reward R_i (D.2; try 0.5)")
+      help="end a problem's search after the sampling that brings this R_i (D.2; try 0.5)")
     a("--choose", choices=["argmax", "weighted", "vote", "visited"],
       help="the solution: best reward, PRM-weighted or plain vote of the answers, or MCTS's most "
            "visited (default: vote for majority, weighted for MCTS, else argmax)")
@@ -284,7 +285,7 @@ def parse(argv):
     a = parser.add_argument
     a("--strategy", required=True, choices=[*STRATEGIES, "auto"],
       help="auto: what common/router.py has measured to be best for a mean of --tokens")
-    a("--tokens", type=int, default=math.inf, help="budget: generated tokens a problem")
+    a("--tokens", type=int, default=math.inf, help="a problem's budget, checked before sampling")
     a("--question", help="your own question, of math")
     a("--no-baseline", action="store_true", help="no plain samples of the same tokens beside it")
     a("--html", metavar="FILE", help="a page with the trees of the first problems")

@@ -20,7 +20,6 @@ Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled step
 import common.early  # noqa: F401  answers --help before what is slow to import
 import json
 import math
-import signal
 import time
 from functools import partial
 from itertools import chain
@@ -35,6 +34,7 @@ from common.checkpoint import (
     begin,
     check_out_folder,
     finish,
+    preemption,
     read_log,
     save_checkpoint,
     save_prm,
@@ -336,14 +336,8 @@ def main(argv=None):
                   "eval_every", "samples", "val_samples", "lr", "lr_head")
     args.samples = args.samples or (400_000 if args.data else 6000)
     args.data = args.data or [str(TINY / "rows.jsonl.gz")]
-    stop = []
-    # pre-emption: finish the step, save, exit 0
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    try:
-        with parser:
-            return train(args, stop)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with preemption() as stop, parser:
+        return train(args, stop)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from common.data import read_rows
 from common.metrics import over_runs, paired
 from common.results import coloured
 from common.run import command_line
-from paper.drawing import STYLE, shrink, write_table
+from paper.drawing import STYLE, save, write_table
 
 COLOURS = {"math": "#0063a8", "code": "#b86e00"}
 ORDER = ["outcome", "prm", "sum", "min", "advantage"]
@@ -126,10 +126,7 @@ def draw(forms, points, out):
                               colour, line)
         for ax in axes[-columns:]:
             ax.set_xlabel("steps")
-        figure.savefig(Path(out) / "reinforce.png", dpi=80)
-        unsaid = dict.fromkeys(["Date", "Creator", "Format", "Type"])  # the same bytes every time
-        figure.savefig(Path(out) / "reinforce.svg", metadata=unsaid)
-    shrink(Path(out) / "reinforce.svg")
+        save(figure, Path(out) / "reinforce", dpi=80)
 
 
 def draw_line(ax, points, colour, line):

@@ -26,7 +26,6 @@ import copy
 import json
 import math
 import random
-import signal
 import time
 from collections import Counter
 from functools import partial
@@ -52,7 +51,14 @@ from beyond.rollouts import (
 )
 from common import tasks
 from common.cache import batches
-from common.checkpoint import begin, check_out_folder, finish, read_log, save_checkpoint
+from common.checkpoint import (
+    begin,
+    check_out_folder,
+    finish,
+    preemption,
+    read_log,
+    save_checkpoint,
+)
 from common.policy import add_policy_flags, load_policy_flags
 from common.run import TINY, amount, command_line, distributed, gather, need_positive, share
 from prm_model import AGGREGATIONS, aggregate, load_prm
@@ -337,13 +343,8 @@ def main(argv=None):
     if args.policy.startswith(("http://", "https://")):
         parser.error(f"--policy {args.policy}: a server's weights cannot be trained; give a "
                      "folder or hub id")
-    stop = []  # pre-emption: finish the step, save, exit 0
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
-    try:
-        with parser:
-            return train(args, stop)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with preemption() as stop, parser:
+        return train(args, stop)
 
 
 if __name__ == "__main__":

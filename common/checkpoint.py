@@ -12,9 +12,11 @@ import json
 import math
 import os
 import shutil
+import signal
 import tempfile
 import warnings
 from collections import Counter
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -29,6 +31,17 @@ from common.run import gather, whole_lines, write_rows
 
 def is_master():
     return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def preemption():
+    """A list that a SIGTERM appends to: finish the step, save, exit 0."""
+    stop = []
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.append(True))
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def check_out_folder(out, resume, overwrite, total, trained):

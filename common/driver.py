@@ -43,13 +43,13 @@ class Search:
     sampled: list = field(default_factory=list)   # every node of the tree, in order
     finished: list = field(default_factory=list)  # (tokens spent so far, last node) of a solution
     visits: Counter = field(default_factory=Counter)  # MCTS: N; it outlives the plan
+    sure: bool = False                # --until: one of the solutions is good enough
 
     def __post_init__(self):
         def left():
             return self.budget - self.generated
         self.plan = self.strategy(self.root, left=left, N=self.visits, **self.options)
         self.request = None
-        self.until = self.options.get("until", math.inf)
         self.advance(None)
 
     def advance(self, groups):
@@ -58,16 +58,8 @@ class Search:
             self.request = self.plan.send(groups)
         except StopIteration:
             self.request = None
-        if self.request is None or self.generated >= self.budget or self.is_sure():
+        if self.request is None or self.generated >= self.budget or self.sure:
             self.stop()
-
-    def is_sure(self):
-        """D.2: no more samples where one solution is good enough. One that was cut off is none."""
-        if self.until == math.inf:
-            return False
-        reward = self.options["reward"]
-        ends = [node for _, node in self.finished if node.end != "length"]
-        return any(reward(node) >= self.until for node in ends)
 
     def stop(self):
         self.request = None
@@ -78,27 +70,31 @@ class Search:
         for node in [self.root, *self.sampled]:
             node.forget()  # keys and values: most of the tree's memory
 
-    def charge(self, groups, share, seconds, prm_seconds, prefilled, prm_tokens):
-        """Book this search's new nodes, and its share of what the batch has cost."""
+    def book(self, groups):
+        """Take in this search's new nodes. -> their tokens"""
+        before = self.generated
+        for parent, group in zip(self.request.nodes, groups):
+            known = parent.tokens()
+            for node in group:
+                # one after the other: a smaller budget would have bought the first of them
+                self.generated += node.tokens() - known
+                self.sampled.append(node)
+                if node.end:
+                    self.finished.append((self.generated, node))
+                    self.sure = self.sure or self.is_good(node)
+        return self.generated - before
+
+    def is_good(self, end):
+        """D.2: no more samples where one solution is good enough. One that was cut off is none."""
+        until = self.options.get("until", math.inf)
+        return until < math.inf and end.end != "length" and self.options["reward"](end) >= until
+
+    def charge(self, share, seconds, prm_seconds, prefilled, prm_tokens):
+        """This search's share of what a batch has cost."""
         self.seconds += share * seconds
         self.prm_seconds += share * prm_seconds
         self.prefilled += share * prefilled
         self.prm_tokens += share * prm_tokens
-        for parent, group in zip(self.request.nodes, groups):
-            for node in group:
-                # one after the other: a smaller budget would have bought the first of them
-                self.generated += node.tokens() - parent.tokens()
-                self.sampled.append(node)
-                if node.end:
-                    self.finished.append((self.generated, node))
-
-
-def new_tokens(request, groups):
-    """Tokens that the policy generated for a request."""
-    total = 0
-    for parent, group in zip(request.nodes, groups):
-        total += sum(node.tokens() - parent.tokens() for node in group)
-    return total
 
 
 def run_together(searches, policy, prms=(), progress=None):
@@ -151,12 +147,12 @@ def answer(batch, whole, policy, prms):
 
     groups = iter(groups)
     answers = [list(islice(groups, len(search.request.nodes))) for search in batch]
-    tokens = [new_tokens(search.request, groups) for search, groups in zip(batch, answers)]
+    tokens = [search.book(groups) for search, groups in zip(batch, answers)]
     prefilled = policy.prefilled - prefilled
     prm_tokens = sum(prm.tokens for prm in prms) - prm_tokens
     for search, groups, new in zip(batch, answers, tokens):
         share = new / max(1, sum(tokens))
-        search.charge(groups, share, scored - started, scored - sampled, prefilled, prm_tokens)
+        search.charge(share, scored - started, scored - sampled, prefilled, prm_tokens)
         search.advance(groups)
 
 

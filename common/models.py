@@ -114,12 +114,15 @@ def cached_difference(model):
 
 # ------------------------------------------------------------ loading
 
+def names_folder(path):
+    """Can it be no hub id, whether it exists or not?"""
+    in_folder = "/" in path and Path(path).parent.is_dir()  # runs/prm, beside other runs
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_folder
+
+
 def is_local(path):
     """Is asking the hub pointless? Then a wrong name fails at once, not after 25 s of retries."""
-    path = str(path)
-    names_folder = path.startswith(("/", ".", "~")) or path.count("/") > 1
-    in_folder = "/" in path and Path(path).parent.is_dir()  # runs/prm, beside other runs
-    if names_folder or in_folder or Path(path).is_dir():
+    if names_folder(str(path)) or Path(path).is_dir():
         return True
     if getproxies():  # a proxy resolves the hub's name for us
         return False

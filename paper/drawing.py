@@ -90,10 +90,15 @@ def draw(name, points, out, title, x_label, scale, y_label):
             axes[0].autoscale(axis="y")  # over the lines of both
         for (_, lines), ax in zip(panels.items(), axes):  # once the limits of y are settled
             name_lines(ax, lines, others)
-        figure.savefig(Path(out) / f"{name}.png", dpi=110)
-        unsaid = dict.fromkeys(["Date", "Creator", "Format", "Type"])  # the same bytes every time
-        figure.savefig(Path(out) / f"{name}.svg", metadata=unsaid)
-    shrink(Path(out) / f"{name}.svg")
+        save(figure, Path(out) / name, dpi=110)
+
+
+def save(figure, file, dpi):
+    """FILE.png and FILE.svg, within a matplotlib.rc_context(STYLE)."""
+    figure.savefig(f"{file}.png", dpi=dpi)
+    unsaid = dict.fromkeys(["Date", "Creator", "Format", "Type"])  # the same bytes every time
+    figure.savefig(f"{file}.svg", metadata=unsaid)
+    shrink(Path(f"{file}.svg"))
 
 
 def shrink(file):

@@ -27,8 +27,9 @@ from pathlib import Path
 import search
 from common.data import first_wrong, read_rows
 from common.metrics import over_runs
+from common.models import names_folder
 from common.policy import add_policy_flags
-from common.run import TINY, add_run_flags, command_line
+from common.run import TINY, add_run_flags, command_line, need_positive
 from common.samples import Bench
 from evaluate import check, maj_at, pass_at, powers, prm_at
 from paper.drawing import draw, write_table
@@ -260,17 +261,17 @@ def parse(argv):
     search.add_search_flags(parser)
     add_policy_flags(parser, str(TINY / "A"))
     add_run_flags(parser, limit=100)
-    a("--tokens", type=int, default=2048, help="fig4, fig5, difficulty: largest budget (2048)")
+    a("--tokens", type=int, default=2048, help="fig4, fig5, difficulty, router: budget (2048)")
     args = parser.parse_args(argv)
-    tokens = args.tokens if args.exhibit in BUDGETED else math.inf
     check(parser, args)
-    args.tokens = tokens
+    need_positive(parser, args, "tokens")
+    if args.exhibit not in BUDGETED:
+        args.tokens = math.inf
     if not all(re.fullmatch(r"[1-9]\d*x[1-9]\d*", width) for width in args.widths):
         parser.error("--widths: KxM, as in 4x4")
     args.widths = [tuple(map(int, width.split("x"))) for width in args.widths]
     for path in chain.from_iterable(named(args.prms).values()):  # before hours of sampling
-        beside = path.count("/") == 1 and Path(path).parent.is_dir()  # or it is a hub id
-        if (beside or path.count("/") > 1 or path.startswith("/")) and not Path(path).is_dir():
+        if names_folder(path) and not Path(path).is_dir():
             parser.error(f"--prms {path}: no such folder")
         if args.exhibit == "fig2" and not list(Path(path).glob("step-*")):
             parser.error(f"--prms {path} has no snapshots: train it with --snapshots")

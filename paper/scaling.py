@@ -60,7 +60,8 @@ def run_plans(bench, args):
 
 
 def routed(lines, prm):
-    """The routes of the router.json beside a PRM, as lines of one point each: none without one."""
+    """The routes of the router.json beside a PRM, as lines of one point each; no file, no lines.
+    Held out only if they were measured on other problems."""
     for route in read_routes(prm):
         for line in lines:
             if all(line.flags.get(name) == route.get(name) for name in FLAGS):
@@ -71,7 +72,8 @@ def spent(line, row, budget, how):
     """Tokens that a search with these flags takes of a budget."""
     tokens = min(budget, row["cost"]["policy_generated"])
     if until := line.flags.get("until"):
-        # best-of-N looks after its first sample, then after each round
+        # best-of-N looks after its first sample, then after each round; MCTS after each request, of
+        # M steps at most: here it stops within one, up to M - 1 steps early
         step = ROUND if line.flags["strategy"] == "best_of_n" else 1
         R = rewards(row["samples"], how)
         for i in [0, *range(step, len(R), step)]:
@@ -86,11 +88,13 @@ def rights(rows, rule, how, tokens):
 
 
 def measured(line, args):
-    """Yield (budget, tokens spent, right or not) of each budget: the latter two one a problem."""
-    # a beam is planned for its width, and visits are counted at the end only
-    whole = line.flags["strategy"] == "beam" or line.flags["choose"] == "visited"
-    limits = [math.inf] if whole else budgets(args.tokens)
-    if "tokens" in line.flags:  # of a route
+    """Yield (budget, [tokens spent], [right or not]) of each budget: lists, one entry a problem."""
+    limits = budgets(args.tokens)
+    if line.flags["strategy"] == "beam":  # planned for its width
+        limits = [math.inf]
+    if line.flags["choose"] == "visited":  # visits are counted at the end only
+        limits = [args.tokens]
+    if "tokens" in line.flags:  # of a route; None: without a budget
         limits = [line.flags["tokens"] or math.inf]
     for budget in limits:
         tokens = [spent(line, row, budget, args.aggregate) for row in line.rows]
@@ -106,8 +110,8 @@ def fig4(bench, args, axis="tokens"):
         for _, tokens, values in measured(line, args):
             for domain in by_domain(line.rows):
                 part = [i for i, row in enumerate(line.rows) if row["domain"] == domain]
-                rows, right = [line.rows[i] for i in part], [values[i] for i in part]
-                value, low, high = interval(right)
+                rows, correct = [line.rows[i] for i in part], [values[i] for i in part]
+                value, low, high = interval(correct)
                 x = statistics.fmean(tokens[i] for i in part)
                 # the rival spends as much on each problem as this line on average
                 plain = rights([pool[row["id"]] for row in rows], "weighted", args.aggregate,
@@ -116,7 +120,7 @@ def fig4(bench, args, axis="tokens"):
                     x *= seconds_a_token(rows, line.flags["choose"])
                 point = {"series": f"{domain}, {line.name}", "x": x, "value": value, "low": low,
                          "high": high, "problems": len(rows),
-                         "above the weighted vote": over_runs([right], [plain])}
+                         "above the weighted vote": over_runs([correct], [plain])}
                 if line.flags["strategy"] == "beam":
                     point["width"] = "{k}x{m}".format(**line.flags)
                 points.append(point)

@@ -22,7 +22,7 @@ else
   : "${PROBLEMS:=1000}" "${LIMIT:=200}" "${SEEDS:=0 1 2}" "${RUNS:=0 1 2}" "${N:=16}" "${TOKENS:=8192}" "${EPOCHS:=3}" "${WIDTHS:=1x2 1x4 2x4 4x4 8x8}" "${SIMILAR:=60}"
 fi
 set -- $RUNS
-stages=$((13 + 10 * $#))
+stages=$((14 + 10 * $#))
 [ "$MODELS" = tiny ] || stages=$((stages + 1))
 . recipes/stages.sh
 train() {  # train NAME ROWS BACKBONE [flags]: one PRM for each seed of RUNS; 64 rows a step, whatever PROCESSES

@@ -95,7 +95,7 @@ def test_one_label_names_several_training_runs():
 
 
 @pytest.mark.parametrize("flags, message", [
-    (["fig1"], "--prms"), (["fig4", "--widths", "4"], "KxM"), (["fig4", "--widths", "0x4"], "KxM"),
+    (["fig1"], "--prms"), (["fig4", "--widths", "4"], "KxM"), (["fig4", "--widths", "0x4"], "KxM"), (["fig4", "--tokens", "-5"], "--tokens must be positive"),
     (["curves", "--prms", "/nosuch"], "--prms /nosuch: no such folder"),
     (["curves", "--prms", str(TINY / "prm")], "prm/log.jsonl: no such file"),
     (["fig2", "--prms", str(TINY / "prm"), "--n", "1"], "no snapshots"), (["fig9"], "invalid choice")],
