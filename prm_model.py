@@ -243,8 +243,11 @@ def main(argv=None):
     if not (args.file or args.export or args.question and args.question.strip() and args.steps):
         parser.error("give --question and --steps, --file, or --export")
     with parser:
+        rank, _, device = distributed(args.device)
+        if rank > 0:
+            return  # a few solutions need no second one
         page = Page(args.html)
-        prm = load_prm(args.prm, distributed(args.device)[2], args.dtype, fresh=args.fresh_head)
+        prm = load_prm(args.prm, device, args.dtype, fresh=args.fresh_head)
         if args.export:
             return export(prm, args.export)
         pairs = [(args.question, args.steps)]
@@ -252,13 +255,12 @@ def main(argv=None):
             pairs = list(islice(read_solutions(args.file), args.limit))
         if not pairs:
             raise ValueError(f"{args.file}: no solutions")
-        solutions = zip(pairs, prm.score(*zip(*pairs)))
-    for (question, steps), scores in solutions:
-        page.add(solution_tree, args.prm, question, steps, scores)
-        print(f"\n{question}")
-        for step, p in zip(steps, scores):
-            print(coloured(step, p))
-        print("  ".join(f"{how} {aggregate(scores, how):.3f}" for how in AGGREGATIONS))
+        for (question, steps), scores in zip(pairs, prm.score(*zip(*pairs))):
+            page.add(solution_tree, args.prm, question, steps, scores)
+            print(f"\n{question}")
+            for step, p in zip(steps, scores):
+                print(coloured(step, p))
+            print("  ".join(f"{how} {aggregate(scores, how):.3f}" for how in AGGREGATIONS))
 
 
 if __name__ == "__main__":

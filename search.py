@@ -294,7 +294,7 @@ def parse(argv):
     run.add_run_flags(parser, limit=50, summary=False)
     args = parser.parse_args(argv)
     run.check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
-    if args.strategy == "mcts" and args.aggregate == "sum":
+    if args.strategy in ("mcts", "auto") and args.aggregate == "sum":
         parser.error("--aggregate sum is not in [0, 1], which UCT needs")
     if args.choose == "visited" and args.strategy != "mcts":
         parser.error("--choose visited is for --strategy mcts, which counts visits")
@@ -337,7 +337,7 @@ def main(argv=None):
         if args.question or args.no_baseline:
             pools = []
         elif args.strategy not in ("best_of_n", "majority"):  # the same tokens without search
-            spent = {row["id"]: row["cost"]["policy_generated"] for row in run.gather(rows)[0]}
+            spent = run.gather({row["id"]: row["cost"]["policy_generated"] for row in rows})[0]
             pools = run.journaled(args.out and f"{args.out}.baseline", problems, baseline_chunk,
                                   chunk=args.concurrent, resume=args.resume, desc="baseline")
     for row, pool in zip(rows, pools):

@@ -39,6 +39,8 @@ def choose_by_search(policy, prm, problems, args, name):
             continue
         s = to_solution(problem, search.finished[row["picked"]][1])
         if not s.cut:  # nothing to imitate
+            chosen = row["samples"][row["picked"]]  # the search has scored and judged it
+            s.p, s.right = chosen["scores"], chosen["correct"]
             s.advantage = torch.ones(len(s.ids))
             groups.append([s])
     return groups

@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 from statistics import fmean
 
+from common.checkpoint import read_log
 from common.data import read_rows
 from common.metrics import over_runs, paired
 from common.results import coloured
@@ -29,9 +30,9 @@ class Run:
 
     def __init__(self, folder):
         folder = Path(folder)
-        if not (folder / "log.jsonl").exists():
+        log = read_log(folder)
+        if not log:
             raise ValueError(f"{folder}: no log.jsonl of beyond/reinforce.py")
-        log = [row for _, row in read_rows(folder / "log.jsonl")]
         settings = next(row["settings"] for row in log if row["kind"] == "start")
         self.folder = folder
         self.form = form_of(settings)

@@ -59,6 +59,7 @@ from common.checkpoint import (
     read_log,
     save_checkpoint,
 )
+from common.models import is_address
 from common.policy import add_policy_flags, load_policy_flags
 from common.run import TINY, amount, command_line, distributed, gather, need_positive, share
 from prm_model import AGGREGATIONS, aggregate, load_prm
@@ -238,9 +239,9 @@ def train(args, stop):
             else:
                 groups = sample_groups(policy, batch, args.group, f"step {step} ")
             counts = Counter(chain.from_iterable(groups))  # equal samples are one row, weighted
-            score_and_judge(scorer, list(counts), policy.separator)
-        if not args.distil:
-            assign_credit(groups, args)
+            if not args.distil:
+                score_and_judge(scorer, list(counts), policy.separator)
+                assign_credit(groups, args)
         sums = Counter()
         for part in gather(account(counts, args.aggregate, policy.generated - before)):
             sums.update(part)
@@ -340,7 +341,7 @@ def main(argv=None):
                   "eval_every", "batch_tokens")
     if args.group < 2:
         parser.error(f"--group {args.group}: comparing solutions takes 2 or more of them")
-    if args.policy.startswith(("http://", "https://")):
+    if is_address(args.policy):
         parser.error(f"--policy {args.policy}: a server's weights cannot be trained; give a "
                      "folder or hub id")
     with preemption() as stop, parser:

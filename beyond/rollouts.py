@@ -11,13 +11,15 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
-import torch.distributed as dist
 from torch.nn.utils.rnn import pad_sequence
 
 from common import tasks
+from common.driver import separator_of
 from common.models import own_logits
 from common.node import child_key
-from common.run import gather, write_rows
+from common.results import by_domain
+from common.run import gather, rank_and_world, write_rows
+from common.samples import can_judge
 from prm_model import aggregate
 from search import arg_max, mode
 from tiny import world
@@ -76,14 +78,10 @@ def score_and_judge(prm, solutions, separator):
     for s, p in zip(solutions, scores):
         # no end, no reward: else the policy would learn not to end
         s.p = [*p[:-1], 0.0] if s.cut else p
-    known = [s for s in solutions if has_answer(s.problem)]
+    known = [s for s in solutions if can_judge(vars(s.problem))]
     verdicts = tasks.judge_many([(s.problem, separator.join(s.steps)) for s in known])
     for s, verdict in zip(known, verdicts):
         s.right = verdict.ok
-
-
-def has_answer(problem):
-    return problem.answer is not None or bool(problem.tests)
 
 
 def is_verified(problem, args):
@@ -143,7 +141,7 @@ def evaluate(policy, prm, problems, how, file):
     The samples go to `file`, in the format of common/data.py, with `true`, the truth of each step.
     how: makes one reward of a solution's p_t.
     """
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world_size = rank_and_world()
     share = problems[rank::world_size]
     groups = sample_groups(policy, share, SAMPLES)
     distinct = list(dict.fromkeys(chain.from_iterable(groups)))
@@ -162,11 +160,7 @@ def evaluate(policy, prm, problems, how, file):
     rows = sorted(chain.from_iterable(gather(rows)), key=lambda row: row["id"])
     if rank == 0:
         write_rows(file, rows)
-    domains = sorted({row["domain"] for row in rows}, reverse=True)
-    parts = {}
-    for domain in domains:
-        parts[domain] = figures([row for row in rows if row["domain"] == domain])
-    return parts
+    return {domain: figures(part) for domain, part in by_domain(rows).items()}
 
 
 def figures(rows):
@@ -192,7 +186,7 @@ def check_problems(problems, held_out, args):
     """ValueError: no answers where they are needed, too few problems, or one of them in both."""
     for problem in problems:
         needed = args.credit == "outcome" and not args.distil or is_verified(problem, args)
-        if needed and not has_answer(problem):
+        if needed and not can_judge(vars(problem)):
             raise ValueError(f"{problem.id}: no answer and no tests, which --credit outcome and "
                              "--verified need; --credit prm or min need none")
     if len(problems) < args.problems:
@@ -207,8 +201,8 @@ def check_separators(policy, prm):
 
     Other differences do no harm, as scores are mapped by text: "\\n" and "<extra_0>", say.
     """
-    theirs = prm.format["separator"]
-    if not theirs.strip() and policy.separator not in theirs:
+    theirs = separator_of(prm)
+    if theirs is not None and policy.separator not in theirs:
         raise ValueError(f"the PRM's steps end in {theirs!r}, the policy's in "
                          f"{policy.separator!r}: one of the policy's may hold several of the "
                          f"PRM's. Pass --separator {theirs!r}")

@@ -69,7 +69,7 @@ def steps_of(text, separator="\n\n"):
     return [step.strip() for step in text.split(separator) if step.strip()] or [text]
 
 
-def columns(row, texts, **lists):
+def columns(texts, **lists):
     """Samples from lists of equal length; a list that is None gives no key. ValueError: lengths."""
     samples = [{"steps": steps} for steps in texts]
     for key, values in lists.items():
@@ -91,7 +91,7 @@ def from_search_and_learn(row):
     """Steps end with an empty line; "scores" has those of each step."""
     texts = map(steps_of, row["completions"])
     return {**row, "id": row.get("unique_id", row["problem"]), "question": row["problem"],
-            "samples": columns(row, texts, scores=row.get("scores"))}
+            "samples": columns(texts, scores=row.get("scores"))}
 
 
 def from_rlhflow(row):
@@ -104,7 +104,7 @@ def from_rlhflow(row):
         scores = [[score] for score in scores]
     right = row.get("label") and [x == 1 for x in row["label"]]
     return {"id": row.get("idx", row["prompt"]), "question": row["prompt"],
-            "samples": columns(row, texts, scores=scores, correct=right)}
+            "samples": columns(texts, scores=scores, correct=right)}
 
 
 def from_qwen_math(row):
@@ -113,7 +113,7 @@ def from_qwen_math(row):
     answers = row.get("pred") and [answer or None for answer in row["pred"]]
     return {"id": row["idx"], "question": row.get("question") or row["problem"],
             "answer": row.get("gt", row.get("answer")),
-            "samples": columns(row, map(steps_of, row["code"]), correct=row.get("score"),
+            "samples": columns(map(steps_of, row["code"]), correct=row.get("score"),
                                answer=answers, scores=row.get("pred_score"))}
 
 
@@ -126,7 +126,7 @@ def from_birm(row):
     right = [output["label"] for output in outputs] if "label" in outputs[0] else None
     texts = [steps_of(output["response"].replace("ки", "\n\n")) for output in outputs]
     return {"id": row["idx"], "question": row["question"], "answer": row.get("ground_truth"),
-            "samples": columns(row, texts, scores=scores, correct=right)}
+            "samples": columns(texts, scores=scores, correct=right)}
 
 
 def refused(row):

@@ -11,13 +11,14 @@ the policy, scores in one pass of the PRM, and hands each generator its own node
 be read one problem at a time, as in the paper, and a GPU still sees full batches.
 """
 import math
-import os
 import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
+
+from common.run import is_first
 
 
 @dataclass
@@ -114,20 +115,26 @@ def run_together(searches, policy, prms=(), progress=None):
         live = [search for search in live if search.request]
 
 
+def separator_of(prm):
+    """The white space that ends a PRM's steps. None: a mark such as <extra_0> or a turn (RLHFlow's)
+    does, which stands behind steps of any kind."""
+    form = getattr(prm, "format", {"separator": ""})  # some scorers are no models
+    white = form["separator"].isspace() and form["template"] != "rlhflow"
+    return form["separator"] if white else None
+
+
 def compare_separators(policy, prm):
     """Warn if the PRM was trained on steps that end otherwise than the policy's: the steps that it
     scores would be of another size."""
-    form = getattr(prm, "format", {"separator": ""})  # some scorers are no models
-    theirs = form["separator"]
-    # A mark such as <extra_0> and RLHFlow's turns stand behind steps of any kind.
-    if theirs.isspace() and theirs != policy.separator and form["template"] != "rlhflow":
+    theirs = separator_of(prm)
+    if theirs is not None and theirs != policy.separator:
         warn_once(f"warning: the policy ends a step by {policy.separator!r}, the PRM was trained "
                   f"with {theirs!r}: --separator {theirs!r} makes them equal")
 
 
 @cache
 def warn_once(text):
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(text, file=sys.stderr)
 
 

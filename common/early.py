@@ -11,6 +11,7 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
+SCRIPTS = ("annotate", "evaluate", "prm_model", "search", "similarity", "train")  # and paper/'s
 SLOW = ("torch", "transformers", "safetensors", "huggingface_hub")
 ROOT = Path(__file__).resolve().parents[1]
 rehearsing = False
@@ -90,6 +91,13 @@ def flags_are_fine():
         raise FlagsAreFine
 
 
-main = Path(getattr(sys.modules["__main__"], "__file__", None) or "-").resolve()
-if main.parent in (ROOT, ROOT / "paper") and not any(map(sys.modules.__contains__, SLOW)):
-    rehearse(main)
+def is_script(file):
+    """Is it one of ours? In a Python prompt there is none, and the rest may not run twice."""
+    path = Path(file or "-").resolve()
+    own = path.parent == ROOT and path.stem in SCRIPTS or path.parent == ROOT / "paper"
+    return bool(file) and own
+
+
+main = getattr(sys.modules["__main__"], "__file__", None)
+if is_script(main) and not any(map(sys.modules.__contains__, SLOW)):
+    rehearse(Path(main).resolve())

@@ -13,6 +13,7 @@ from itertools import chain
 
 from common import judge
 from common.answers import extract_answer
+from common.converters import first_error_labels
 from common.judge import slowness
 from common.notation import normalise
 
@@ -60,8 +61,7 @@ def gold_answer(answer):
 def _first_error(row, n):
     """ProcessBench: steps and the index of the first wrong one, from 0; -1 = no error."""
     meta = {"steps": list(row["steps"]), "label": int(row["label"])}
-    if not -1 <= meta["label"] < len(meta["steps"]):
-        raise ValueError(f"label: {meta['label']} is no step's number, nor -1")
+    first_error_labels(meta["steps"], meta["label"])  # a ValueError if it is no step's
     return Problem(str(row["id"]), row["problem"], "math", meta=meta)
 
 

@@ -114,8 +114,14 @@ def cached_difference(model):
 
 # ------------------------------------------------------------ loading
 
+def is_address(path):
+    return str(path).startswith(("http://", "https://"))
+
+
 def names_folder(path):
     """Can it be no hub id, whether it exists or not?"""
+    if is_address(path):
+        return False
     in_folder = "/" in path and Path(path).parent.is_dir()  # runs/prm, beside other runs
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_folder
 

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.cache import PathBatch, batches, encode_missing
-from common.models import bos, check, dtype_of, load_pretrained, must_fit, own_logits
+from common.models import bos, check, dtype_of, is_address, load_pretrained, must_fit, own_logits
 from common.node import Node, child_key, next_keys
 from common.thinking import split_thought, thought_length, thought_of
 
@@ -352,7 +352,7 @@ def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **k
     if thinking not in ("", "on", "off"):
         raise ValueError(f"{path}: on or off is expected")
     keywords["thinking"] = keywords.get("thinking", thinking == "on")
-    if home.startswith(("http://", "https://")):
+    if is_address(home):
         if not served:
             raise ValueError("a server needs --policy-model, its name of the model")
         from common.server import ServerPolicy  # which is a Policy but for the model

@@ -8,8 +8,11 @@ A route is a dict of flags of search.py, with the mean tokens "generated" a prob
 """
 import json
 import math
-import os
 from pathlib import Path
+
+from common.run import is_first
+
+MEASURED = ("generated", "accuracy")  # what of a route is no flag
 
 
 def frontier(routes, problems):
@@ -45,6 +48,7 @@ def route(prm, tokens):
         raise ValueError(f"{prm}/router.json: no such file; paper.figures router makes it")
     affordable = [r for r in routes if r["generated"] <= tokens] or routes[:1]  # else the cheapest
     best = affordable[-1]
-    if os.environ.get("RANK", "0") == "0":
+    if is_first():
         print(f"--strategy auto for {tokens} tokens: {best}")
-    return {"tokens": math.inf, "until": math.inf, **best}
+    flags = {name: value for name, value in best.items() if name not in MEASURED}
+    return {"tokens": math.inf, "until": math.inf, **flags}

@@ -70,8 +70,19 @@ def gather(value):
     return values
 
 
+def rank_and_world():
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def is_first():
+    """Is this rank 0? By torchrun's word: there may be no process group yet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def bar(total, desc, **keywords):
-    """A tqdm bar; where there is no terminal, a line every half minute, in a log for instance."""
+    """A tqdm bar, of rank 0; where there is no terminal, a line every half minute, in a log say."""
+    if not is_first():
+        keywords["disable"] = True
     if not sys.stderr.isatty():
         line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
         keywords |= {"bar_format": line, "mininterval": 30, "miniters": 0, "delay": 30}
@@ -91,12 +102,12 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     repeated = [name for name, count in Counter(ids).items() if count > 1]
     if repeated:
         raise ValueError(f"{len(repeated)} ids occur more than once, {repeated[0]!r} among them")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = rank_and_world()
     finished = {} if out is None else collect(Path(out), resume, rank)
     # an item with several rows is made again unless all of its rows are there
     todo = [item for item in items if not finished.keys() >= set(names(item))][rank::world]
     rows = []
-    with bar(len(todo), desc, disable=rank > 0 or not todo) as progress:
+    with bar(len(todo), desc, disable=not todo) as progress:
         for start in range(0, len(todo), chunk):
             batch = todo[start:start + chunk]
             rows += (new := make(batch))
@@ -273,7 +284,8 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
-FREE = ("limit", "concurrent", "device", "html", "json", "out", "resume", "overwrite")
+FREE = ("limit", "concurrent", "no_baseline", "device", "html", "json", "out", "resume",
+        "overwrite")
 
 
 def same_flags(parser, args, free=FREE):
@@ -281,7 +293,7 @@ def same_flags(parser, args, free=FREE):
 
     Flags in `free` may change, since no row depends on them.
     """
-    if not args.out or os.environ.get("RANK", "0") != "0":
+    if not args.out or not is_first():
         return
     out = Path(args.out)
     file = Path(f"{out}.flags")

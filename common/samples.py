@@ -18,7 +18,15 @@ from common.data import plain, read_rows
 from common.judge import has_tests
 from common.loaders import check_tests, own_row, unpacked
 from common.policy import load_policy_flags
-from common.run import TINY, distributed, gather, journaled, same_flags
+from common.run import (
+    TINY,
+    distributed,
+    gather,
+    is_first,
+    journaled,
+    rank_and_world,
+    same_flags,
+)
 
 # ---------------------------------------------------------------- anybody's
 
@@ -153,20 +161,27 @@ def complete(row, known):
 
 
 def judge_rows(rows):
-    """Give each sample that has none "correct" and "answer"."""
-    unjudged = []
+    """Give each sample that has none "correct" and "answer". Each rank judges its share of rows."""
+    rank, world = rank_and_world()
+    share = [(own_row(row, 0), "\n\n".join(s["steps"])) for s, row in unjudged(rows[rank::world])]
+    right = [verdict.ok for verdict in tasks.judge_many(share)]
+    for other, judged in enumerate(gather(list(zip(right, tasks.vote_keys(share))))):
+        for (s, _), (ok, key) in zip(unjudged(rows[other::world]), judged, strict=True):
+            s["correct"], s["answer"] = s.get("correct", ok), s.get("answer", key)
+
+
+def unjudged(rows):
+    """[(sample, its row)] of the samples that lack "correct" or "answer"."""
+    pairs = []
     for row in rows:
-        for s in row["samples"]:
-            if "correct" not in s or "answer" not in s:
-                unjudged.append((s, (own_row(row, 0), "\n\n".join(s["steps"]))))
-    texts = [text for _, text in unjudged]
-    for (s, _), verdict, key in zip(unjudged, tasks.judge_many(texts), tasks.vote_keys(texts)):
-        s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
+        pairs += [(s, row) for s in row["samples"] if "correct" not in s or "answer" not in s]
+    return pairs
 
 
 def measurable(rows, names, ns=None):
     """Those of the metrics that these rows have what it takes for; says what is left out.
     ValueError: fewer samples than the largest of ns."""
+    say = print if is_first() else str  # each rank comes here
     fewest = min(len(row["samples"]) for row in rows)
     if ns and max(ns) > fewest:
         raise ValueError(f"--N {max(ns)}: a problem has {fewest} samples")
@@ -177,11 +192,11 @@ def measurable(rows, names, ns=None):
     elif any(len(s["scores"]) < len(s["steps"]) for s in samples):
         if any(len(s["scores"]) > 1 for s in samples):
             raise ValueError("some samples have a score for each step, others one in all")
-        print("scores: one for each solution, an outcome reward; all aggregations are the same")
+        say("scores: one for each solution, an outcome reward; all aggregations are the same")
         first = next(name for name in names if name.startswith("prm by"))
         names = [name for name in names if not name.startswith("prm by") or name == first]
     if all(s["answer"] is None for s in samples):
-        print("no sample has an answer: no vote")
+        say("no sample has an answer: no vote")
         names = [name for name in names if "maj" not in name]
     return names
 

@@ -148,7 +148,9 @@ class Spawner:
 
     def __init__(self, prefix, mode):
         self.mode, self.folder = mode, "/tmp"
-        uid = 30000 + next(USERS) % 30000
+        # in mode "user" a kill(-1) meets all of one user id: ranks of a machine share none
+        users = 30000 // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        uid = 30000 + int(os.environ.get("LOCAL_RANK", 0)) * users + next(USERS) % users
         command = [*prefix(uid), sys.executable]
         if not shutil.which(command[0]):
             raise OSError(f"no {command[0]}")

@@ -15,7 +15,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from common import tasks
-from common.data import first_wrong, read_set
+from common.data import first_wrong, plain, read_set
 from common.loaders import gold_answer
 from common.run import write_rows
 
@@ -93,14 +93,14 @@ def given_solutions(files, problems, limit=None, neutral="good"):
     A row's problem is the one with its question, or the row brings an "answer" of its own.
     limit: rows of each file; neutral: what PRM800K's neutral rating counts as.
     """
-    known = {" ".join(p.question.split()): p for p in problems}
+    known = {plain(p.question): p for p in problems}
     groups, used = {}, Counter()
     for file in files:
         for where, row in itertools.islice(read_set(file, "auto", neutral), limit):
             domain = row.get("domain") or "math"
             if domain not in ("math", "code") or not isinstance(row.get("id", ""), (str, int)):
                 raise ValueError(f"{where}: domain: math or code is expected, id: a text")
-            question = " ".join(row["prompt"].split())
+            question = plain(row["prompt"])
             if question not in known:
                 known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], domain)
             problem = known[question]

@@ -5,7 +5,10 @@ named at their right ends, a thing has one colour in all figures, and what has n
 """
 import json
 import re
+import statistics
 from pathlib import Path
+
+from common.metrics import over_runs
 
 COLOURS = {"majority": "#b86e00", "single": "#6b6b6b", "best-of-N": "#0063a8", "beam": "#007a5a",
            "MCTS": "#b8321a", "pass": "#3a96d0", "ASLAF": "#7b3294", "consensus": "#7b3294",
@@ -17,6 +20,19 @@ PANEL_LABELS = {"validation": "step AUC", "loss": "nats a step"}  # panels with 
 STYLE = {"font.size": 15, "font.sans-serif": ["DejaVu Sans", "Verdana"], "lines.linewidth": 2.5,
          "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
          "grid.color": "#dddddd", "svg.fonttype": "none", "svg.hashsalt": "figures"}
+
+
+def point(series, x, *runs, **more):
+    """A point of a series "PANEL, LINE". runs: one value a problem, for each training run."""
+    value, low, high = over_runs(runs)
+    if len(runs) > 1:
+        more["each run"] = " ".join(f"{statistics.fmean(run):.3f}" for run in runs)
+    return {"series": series, "x": x, "value": value, "low": low, "high": high,
+            "problems": len(runs[0]), **more}
+
+
+def exact(series, x, value, **more):  # a point without an interval
+    return {"series": series, "x": x, "value": value, "low": value, "high": value, **more}
 
 
 def write_table(name, points, out, x_label, _, y_label):

@@ -25,14 +25,15 @@ from itertools import chain
 from pathlib import Path
 
 import search
-from common.data import first_wrong, read_rows
+from common.checkpoint import read_log
+from common.data import first_wrong
 from common.metrics import over_runs
 from common.models import names_folder
 from common.policy import add_policy_flags
 from common.run import TINY, add_run_flags, command_line, need_positive
 from common.samples import Bench
 from evaluate import check, maj_at, pass_at, powers, prm_at
-from paper.drawing import draw, write_table
+from paper.drawing import draw, exact, point, write_table
 from paper.scaling import TABLE_ONLY, difficulty, fig4, router
 from prm_model import coloured, load_prm
 from search import by_domain
@@ -40,19 +41,6 @@ from search import by_domain
 PHRASES = re.compile(r"\b(?:wait|however|let me check)\b", re.IGNORECASE)  # of self-correction
 
 # ---------------------------------------------------------------- points
-
-def point(series, x, *runs, **more):
-    """A point of a series "PANEL, LINE". runs: one value a problem, for each training run."""
-    value, low, high = over_runs(runs)
-    if len(runs) > 1:
-        more["each run"] = " ".join(f"{statistics.fmean(run):.3f}" for run in runs)
-    return {"series": series, "x": x, "value": value, "low": low, "high": high,
-            "problems": len(runs[0]), **more}
-
-
-def exact(series, x, value, **more):  # a point without an interval
-    return {"series": series, "x": x, "value": value, "low": value, "high": value, **more}
-
 
 def named(specs):
     """["Math=x/a", "Math=x/b", "x/c"] -> {"Math": ["x/a", "x/b"], "c": ["x/c"]}"""
@@ -65,8 +53,8 @@ def named(specs):
 
 def training_log(prm):
     """What train.py wrote beside a PRM: {kind: [rows]}; empty for a PRM from elsewhere."""
-    log, kinds = Path(prm) / "log.jsonl", {}
-    for _, row in read_rows(log) if log.exists() else ():
+    kinds = {}
+    for row in read_log(Path(prm)):
         kinds.setdefault(row["kind"], []).append(row)
     return kinds
 

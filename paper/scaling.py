@@ -14,10 +14,12 @@ import statistics
 from collections import namedtuple
 from pathlib import Path
 
-from common.metrics import interval, over_runs
+from common.metrics import over_runs
 from common.router import frontier, read_routes
 from common.samples import name_of
-from search import ROUND, by_domain, choose, rewards, right
+from evaluate import right_within
+from paper.drawing import exact, point
+from search import ROUND, by_domain, rewards
 
 BINS = 5       # of difficulty, as in Snell et al. 2024 (arXiv 2408.03314), section 5
 SMALLEST = 64  # tokens
@@ -82,11 +84,6 @@ def spent(line, row, budget, how):
     return tokens
 
 
-def rights(rows, rule, how, tokens):
-    """One 0.0 or 1.0 a problem: is the solution right that a rule chooses within its tokens?"""
-    return [float(right(row, choose(row, rule, how, limit))) for row, limit in zip(rows, tokens)]
-
-
 def measured(line, args):
     """Yield (budget, [tokens spent], [right or not]) of each budget: lists, one entry a problem."""
     limits = budgets(args.tokens)
@@ -98,7 +95,7 @@ def measured(line, args):
         limits = [line.flags["tokens"] or math.inf]
     for budget in limits:
         tokens = [spent(line, row, budget, args.aggregate) for row in line.rows]
-        yield budget, tokens, rights(line.rows, line.flags["choose"], args.aggregate, tokens)
+        yield budget, tokens, right_within(tokens, line.rows, line.flags["choose"], args.aggregate)
 
 
 def fig4(bench, args, axis="tokens"):
@@ -111,19 +108,16 @@ def fig4(bench, args, axis="tokens"):
             for domain in by_domain(line.rows):
                 part = [i for i, row in enumerate(line.rows) if row["domain"] == domain]
                 rows, correct = [line.rows[i] for i in part], [values[i] for i in part]
-                value, low, high = interval(correct)
                 x = statistics.fmean(tokens[i] for i in part)
                 # the rival spends as much on each problem as this line on average
-                plain = rights([pool[row["id"]] for row in rows], "weighted", args.aggregate,
-                               [x] * len(rows))
+                plain = right_within([x] * len(rows), [pool[row["id"]] for row in rows],
+                                     "weighted", args.aggregate)
                 if axis == "seconds":
                     x *= seconds_a_token(rows, line.flags["choose"])
-                point = {"series": f"{domain}, {line.name}", "x": x, "value": value, "low": low,
-                         "high": high, "problems": len(rows),
-                         "above the weighted vote": over_runs([correct], [plain])}
+                more = {"above the weighted vote": over_runs([correct], [plain])}
                 if line.flags["strategy"] == "beam":
-                    point["width"] = "{k}x{m}".format(**line.flags)
-                points.append(point)
+                    more["width"] = "{k}x{m}".format(**line.flags)
+                points.append(point(f"{domain}, {line.name}", x, correct, **more))
     return sorted(points, key=lambda p: (p["series"], p["x"]))
 
 
@@ -166,13 +160,12 @@ def difficulty(bench, args):
                             if row["domain"] == domain and known[row["id"]][0] == place]
                     if part:  # none: there are fewer problems than bins
                         tokens = [spent(line, row, budget, args.aggregate) for row in part]
-                        values = rights(part, line.flags["choose"], args.aggregate, tokens)
-                        value, low, high = interval(values)
+                        values = right_within(tokens, part, line.flags["choose"],
+                                              args.aggregate)
                         rate = statistics.fmean(known[row["id"]][1] for row in part)
-                        points.append({"series": f"{domain}, {line.name} at {budget:.0f}",
-                                       "x": place + 1, "value": value, "low": low, "high": high,
-                                       "problems": len(part), "pass rate": rate,
-                                       "tokens": statistics.fmean(tokens)})
+                        more = {"pass rate": rate, "tokens": statistics.fmean(tokens)}
+                        series = f"{domain}, {line.name} at {budget:.0f}"
+                        points.append(point(series, place + 1, values, **more))
     return points
 
 
@@ -208,7 +201,6 @@ def router(bench, args):
     points = []
     for r in best:
         names = (*FLAGS, "tokens")
-        points.append({"series": "all, router", "x": r["generated"], "value": r["accuracy"],
-                       "low": r["accuracy"], "high": r["accuracy"], "problems": n,
-                       **{name: r.get(name) for name in names}})
+        more = {name: r.get(name) for name in names}
+        points.append(exact("all, router", r["generated"], r["accuracy"], problems=n, **more))
     return points

@@ -37,6 +37,13 @@ def test_imports_go_one_way(name):
     assert found & set(FLOORS) <= set(FLOORS[:FLOORS.index(name)])
 
 
+def test_a_script_is_a_module_too_in_a_prompt_of_this_folder():
+    """README, Fork me: `import search` where no script runs, which must rehearse none."""
+    code = "import search, prm_model; print(search.arg_max([1, 3, 2]))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
 @pytest.mark.parametrize("flags, code", [("--help", 0), ("--nonsense 1", 2), ("--strategy beam --n 0", 2)])
 @pytest.mark.parametrize("script", ["search", "train", "annotate", "prm_model", "evaluate", "similarity"])
 def test_flags_are_read_before_torch_is_imported(script, flags, code, tmp_path):
