@@ -41,8 +41,8 @@ from common.checkpoint import (
     shard,
 )
 from common.data import load_data, split
-from common.examples import encode_rows, get_batch, label_text, padded_tokens, plan
-from common.metrics import metrics, peak_flops, peak_memory, step_flops
+from common.examples import encode_rows, get_batch, keep_states, label_text, padded_tokens, plan
+from common.metrics import accounting, metrics, peak_memory, step_flops
 from common.run import TINY, command_line, distributed, gather, need_positive, share, whole
 from prm_model import load_prm
 
@@ -107,8 +107,8 @@ def train(args, stop):
     out = Path(args.out)
     master = rank == 0
     group = args.accumulate * world  # micro-batches of an optimizer step
-    if args.fsdp and not dist.is_initialized():
-        raise ValueError("--fsdp needs torchrun")
+    if args.fsdp and (args.freeze_backbone or not dist.is_initialized()):
+        raise ValueError("--fsdp needs torchrun, and a backbone that is trained")
     default_dtype = "bfloat16" if device.type == "cuda" else "float32"
     bf16 = (args.dtype or default_dtype) == "bfloat16"
     multiple = 8 if bf16 else 1  # of padded lengths: bf16 matrix units want it
@@ -165,6 +165,12 @@ def train(args, stop):
     val_plan = plan(val_lengths, world, args.batch_size, args.batch_tokens)
     val_batches = [micros[rank] if rank < len(micros) else [] for micros in val_plan]
 
+    if master:  # which token carries the label? Look, before hours are spent
+        print(f"first row ({data[0].where}):\n{label_text(prm.tokenizer, data[0])}")
+    if args.freeze_backbone:  # it runs once over the rows, not once in each epoch
+        data, val = (keep_states(prm, rows, args.batch_tokens, device, autocast, multiple)
+                     for rows in (data, val))
+
     model = prm
     if args.fsdp:
         shard(prm, device, bf16)
@@ -182,6 +188,9 @@ def train(args, stop):
     progress = begin(out, args.resume, settings, model, optimizer)
     totals = progress["totals"]
     if not progress["step"]:
+        if args.freeze_backbone:  # the pass over all rows
+            flops, attention = step_flops(parameters, config, lengths + val_lengths, 1)
+            totals.update(flops=flops, flops_with_attention=flops + attention)
         labels = torch.cat([example.labels for example in data])
         seen = getattr(config, "pretraining_tokens", 18e12 if "Qwen2.5" in args.model else None)
         quantiles = torch.tensor(lengths).float().quantile(torch.tensor([0.1, 0.5, 0.9, 1.0]))
@@ -192,8 +201,6 @@ def train(args, stop):
             trained=trained, world=world, optimizer_steps=len(plans), lr=lr, settings=settings,
             pretraining_flops=6 * parameters * seen if seen else None)
         log("eval", 0, **validate(prm, val, val_batches, device, autocast, multiple))
-    if master:  # which token carries the label? Look, before hours are spent
-        print(f"first row ({data[0].where}):\n{label_text(prm.tokenizer, data[0])}")
 
     # -------- the loop
     for step in range(progress["step"], len(plans)):
@@ -230,8 +237,13 @@ def train(args, stop):
         # DDP's buckets are the gradients: freeing them would leave both in memory
         optimizer.zero_grad(set_to_none=not dist.is_initialized())
         progress["step"] = step + 1
-        figures = accounting(micros, lengths, multiple, parameters, config, args.freeze_backbone,
-                             time.perf_counter() - started, device, totals)
+        row_lengths = [lengths[i] for i in chain.from_iterable(micros)]
+        flops = 6 * trained * N, 0
+        if not args.freeze_backbone:
+            flops = step_flops(parameters, config, row_lengths)
+        padded = sum(padded_tokens([lengths[i] for i in numbers], multiple) for numbers in micros)
+        figures = accounting(row_lengths, padded, flops, time.perf_counter() - started, device,
+                             totals)
         log("train", step + 1, loss=loss, norm=norm, lr=lr * schedule(step, len(plans)), labels=N,
             **figures)
 
@@ -269,21 +281,6 @@ def train(args, stop):
     return result
 
 
-def accounting(micros, lengths, multiple, parameters, config, frozen, seconds, device, totals):
-    """What a step has cost: tokens/s, padding, utilisation of a known GPU; all steps' totals."""
-    row_lengths = [lengths[i] for i in chain.from_iterable(micros)]
-    tokens = sum(row_lengths)
-    padded = sum(padded_tokens([lengths[i] for i in numbers], multiple) for numbers in micros)
-    flops, attention = step_flops(parameters, config, row_lengths, frozen)
-    totals.update(tokens=tokens, seconds=seconds, flops=flops,
-                  flops_with_attention=flops + attention)
-    peak = peak_flops(device)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    mfu = (flops + attention) / seconds / world / peak if peak else None
-    return {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded, "mfu": mfu,
-            **totals}
-
-
 def broken_rows(data, outputs, micros):
     """file:line of the rows whose logits are not finite, of all rows if none is."""
     places = []
@@ -309,7 +306,7 @@ def main(argv=None):
     a = parser.add_argument_group("model").add_argument
     a("--model", default=str(TINY / "l"), help="backbone, or a PRM to go on from: folder or hub id")
     a("--dropout", type=share, default=0.1, help="in the head (0.1)")
-    a("--freeze-backbone", action="store_true", help="train the head only")
+    a("--freeze-backbone", action="store_true", help="train the head only, on states kept")
     a = parser.add_argument_group("optimization").add_argument
     a("--batch-size", type=int, default=16, help="rows of a micro-batch at most (16)")
     a("--batch-tokens", type=int, default=16384,

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
+from common.cache import batches
+from common.run import bar, gather, rank_and_world
+
 # One encoded solution. ids: its tokens. Of each labelled step: the position of its separator's last
 # token, the label y in [0, 1], its place t among the steps. where: file:line, for messages.
 Example = namedtuple("Example", "ids positions labels steps where")
 NONE = torch.zeros(0, dtype=torch.long)
-EMPTY = Example(torch.zeros(1, dtype=torch.long), NONE, NONE.float(), NONE, "")  # a zero gradient
 
 
 def encode_rows(prm, rows, max_length, mask_after_first_error=False):
@@ -67,9 +69,11 @@ def get_batch(examples, numbers, device, multiple=1):
     T is rounded up to a multiple: bf16 matrix units want 8, and CPUs keep a kernel for each shape.
     """
     # a rank that has no micro-batch left in an epoch's last step takes part with a zero gradient
-    chosen = [examples[i] for i in numbers] or [EMPTY]
+    nothing = examples[0]._replace(positions=NONE, labels=NONE.float(), steps=NONE)
+    chosen = [examples[i] for i in numbers] or [nothing]
     ids_BT = pad_sequence([example.ids for example in chosen], batch_first=True)
-    ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % multiple))
+    if ids_BT.ndim == 2:  # and no kept states (B, T, h)
+        ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % multiple))
     counts = torch.tensor([len(example.labels) for example in chosen])
     rows_M = torch.arange(len(chosen)).repeat_interleave(counts)
     positions_M = torch.cat([example.positions for example in chosen])
@@ -77,6 +81,33 @@ def get_batch(examples, numbers, device, multiple=1):
     steps_M = torch.cat([example.steps for example in chosen])
     tensors = (ids_BT, rows_M, positions_M, labels_M, steps_M)
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
+
+
+@torch.no_grad()
+def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
+    """Examples with the hidden states (M, h) of their labelled steps in place of their ids.
+
+    A frozen backbone computes the same ones in each epoch: here once, shared among the ranks.
+    """
+    rank, world = rank_and_world()
+    states = {}
+    with bar(len(examples), "hidden states") as progress:
+        own = range(rank, len(examples), world)
+        for numbers in batches(own, lambda i: len(examples[i].ids), max_tokens, device):
+            ids_BT, rows_M, positions_M, *_ = get_batch(examples, numbers, device, multiple)
+            with autocast():
+                output = prm.backbone(input_ids=ids_BT, use_cache=False)
+            hidden_Mh = output.last_hidden_state[rows_M, positions_M].cpu()
+            parts = hidden_Mh.split([len(examples[i].labels) for i in numbers])
+            states.update((i, part.clone()) for i, part in zip(numbers, parts))
+            progress.update(len(numbers) * world)
+    for part in gather(states):
+        states.update(part)
+    kept = []
+    for i, example in enumerate(examples):
+        places = torch.arange(len(example.labels))
+        kept.append(example._replace(ids=states[i], positions=places))
+    return kept
 
 
 def padded_tokens(lengths, multiple=1):

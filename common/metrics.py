@@ -10,6 +10,8 @@ import torch
 from torch.distributions import Multinomial
 from torch.nn import functional as F
 
+from common.run import rank_and_world
+
 # ---------------------------------------------------------------- how good the probabilities are
 
 def auc_pairs(p, right):
@@ -65,16 +67,16 @@ def metrics(logits_M, labels_M, steps_M):
 
 # ---------------------------------------------------------------- what training costs
 
-def step_flops(N, config, lengths, frozen):
+def step_flops(N, config, lengths, passes=3):
     """(6 N D, what attention adds), FLOPs of a step on rows of these lengths (§4.1).
 
-    A forward takes 2 N a token, the backward pass twice that. QK' and PV of a causal row of n
-    tokens take 2 h n^2 a layer forward, h = heads x head size. A frozen backbone has no backward.
+    A forward pass takes 2 N a token, the backward pass as much as two. QK' and PV of a causal row
+    of n tokens take 2 h n^2 a layer forward, h = heads x head size.
     """
-    k, heads = 1 if frozen else 3, config.num_attention_heads
+    heads = config.num_attention_heads
     h = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    attention = 2 * k * h * config.num_hidden_layers * sum(n * n for n in lengths)
-    return 2 * k * N * sum(lengths), attention
+    attention = 2 * passes * h * config.num_hidden_layers * sum(n * n for n in lengths)
+    return 2 * passes * N * sum(lengths), attention
 
 
 def peak_flops(device):
@@ -83,6 +85,17 @@ def peak_flops(device):
              "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # the first that is in the name
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for gpu, flops in known.items() if gpu in name), None)
+
+
+def accounting(lengths, padded, flops, seconds, device, totals):
+    """What a step has cost: tokens/s, padding, utilisation of a known GPU; all steps' totals."""
+    tokens, all_flops = sum(lengths), sum(flops)
+    totals.update(tokens=tokens, seconds=seconds, flops=flops[0], flops_with_attention=all_flops)
+    peak = peak_flops(device)
+    _, world = rank_and_world()
+    mfu = all_flops / seconds / world / peak if peak else None
+    return {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded, "mfu": mfu,
+            **totals}
 
 
 def peak_memory(device):

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import torch.multiprocessing as mp
 from conftest import DEVICE, two_devices
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
+import common.metrics
 import train
 from common.data import held_out, read_set
 from common.examples import encode_rows, plan
@@ -340,16 +342,29 @@ def test_truncated_rows_train_without_nan(home, tmp_path):
     assert all(math.isfinite(r["loss"]) for r in read_log(tmp_path / "out"))
 
 
+def test_accounting(monkeypatch):
+    monkeypatch.setattr(common.metrics, "peak_flops", lambda _: 1e3)
+    totals = Counter(tokens=5, flops=10, flops_with_attention=10)
+    figures = common.metrics.accounting([3, 4], 8, (600, 100), 2.0, None, totals)
+    assert figures == {"tokens_per_second": 3.5, "padding": 1 / 8, "mfu": 0.35, "tokens": 12, "seconds": 2.0,
+                       "flops": 610, "flops_with_attention": 710}
+
+
 def test_frozen_backbone(home, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "peak_flops", lambda _: 1e9)
-    train.main(flags(home, tmp_path / "out", "--freeze-backbone", "--lr", 0.01))
+    """Its states are computed once, and training goes as if they were computed in each step."""
+    argv = ["--freeze-backbone", "--lr", 0.01, "--epochs", 2]
+    train.main(flags(home, tmp_path / "out", *argv))
     before, after = load_prm(home / "model", fresh=True), load_prm(tmp_path / "out")
     assert all(torch.equal(a, b) for a, b in zip(before.backbone.parameters(), after.backbone.parameters()))
     assert not torch.equal(before.head[0].weight, after.head[0].weight)
     start, end = read_log(tmp_path / "out", "start")[0], read_log(tmp_path / "out", "end")[0]
-    assert end["flops"] == 2 * start["active_parameters"] * end["tokens"]  # no backward
-    first = read_log(tmp_path / "out")[0]
-    assert first["mfu"] == pytest.approx(first["flops_with_attention"] / first["seconds"] / 1e9)
+    tokens = sum(len(e.ids) for e in encode_rows(before, list(read_set(f"{home}/rows.jsonl")), 16384))
+    trained = sum(p.numel() for p in before.head.parameters())
+    labels = sum(row["labels"] for row in read_log(tmp_path / "out", "train"))
+    assert end["flops"] == 2 * start["active_parameters"] * tokens + 6 * trained * labels
+    monkeypatch.setattr(train, "keep_states", lambda prm, rows, *_: rows)
+    train.main(flags(home, tmp_path / "again", *argv))
+    assert close(tmp_path / "again", tmp_path / "out")
     train.main([*flags(home, tmp_path / "more"), "--model", str(tmp_path / "out")])  # a PRM can be trained on
     assert read_log(tmp_path / "more", "eval")[0]["loss"] == pytest.approx(
         min(r["loss"] for r in read_log(tmp_path / "out", "eval")[1:]), abs=1e-5)
@@ -397,9 +412,10 @@ def ranks(home, tmp_path_factory):
     two, four, stop = ("--accumulate", 2), ("--accumulate", 4), ("--lr", 10, "--patience", 1, "--eval-every", 1)
     train.main(flags(home, folder / "one x 2", *two))  # dropout on: its masks belong to micro-batches, not to ranks
     train.main(flags(home, folder / "one x 4", *four))
+    train.main(flags(home, folder / "one frozen", *two, "--freeze-backbone"))
     runs = [("ddp", (), 0), ("ddp cut", (), 3), ("ddp cut", ("--resume",), 0), ("fsdp", ("--fsdp",), 0),
             ("fsdp cut", ("--fsdp",), 5), ("fsdp cut", ("--fsdp", "--resume"), 0), ("early", stop, 0),
-            ("ddp x 2", two, 0), ("fsdp x 2", (*two, "--fsdp"), 0)]
+            ("ddp x 2", two, 0), ("fsdp x 2", (*two, "--fsdp"), 0), ("ddp frozen", ("--freeze-backbone",), 0)]
     jobs = [(flags(home, folder / name, *more), kill) for name, more, kill in runs]
     queue = mp.get_context("spawn").SimpleQueue()
     with socket.socket() as free:
@@ -416,7 +432,7 @@ def ranks(home, tmp_path_factory):
 @two_devices
 @pytest.mark.parametrize("two, one, tolerance", [
     ("ddp", "one x 2", 1e-5), ("ddp x 2", "one x 4", 1e-5), ("fsdp", "ddp", 1e-5), ("fsdp x 2", "ddp x 2", 1e-5),
-    ("ddp cut", "ddp", 1e-12), ("fsdp cut", "fsdp", 1e-9)])
+    ("ddp frozen", "one frozen", 1e-5), ("ddp cut", "ddp", 1e-12), ("fsdp cut", "fsdp", 1e-9)])
 def test_two_ranks_are_one_with_twice_the_accumulation(ranks, two, one, tolerance):
     """Losses, norms of gradients, validation: by DDP and FSDP, accumulated, stopped and resumed."""
     folder, _ = ranks
