@@ -11,6 +11,8 @@ import math
 import os
 import re
 import sys
+import threading
+import time
 from collections import Counter
 from datetime import timedelta
 from itertools import chain
@@ -24,6 +26,7 @@ from tqdm import tqdm
 from common import early
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"  # the models and rows of this repository
+PAUSE = 30  # seconds between lines of progress where there is no terminal
 
 
 def distributed(device=None):
@@ -83,10 +86,22 @@ def bar(total, desc, **keywords):
     """A tqdm bar, of rank 0; where there is no terminal, a line every half minute, in a log say."""
     if not is_first():
         keywords["disable"] = True
-    if not sys.stderr.isatty():
-        line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
-        keywords |= {"bar_format": line, "mininterval": 30, "miniters": 0, "delay": 30}
-    return tqdm(total=total, desc=desc, **keywords)
+    if sys.stderr.isatty():
+        return tqdm(total=total, desc=desc, **keywords)
+    line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
+    progress = tqdm(total=total, desc=desc, bar_format=line, mininterval=PAUSE, miniters=0,
+                    delay=PAUSE, **keywords)
+    threading.Thread(target=show_life, args=(progress,), daemon=True).start()
+    return progress
+
+
+def show_life(progress):
+    """Write the line although nothing has been finished meanwhile, until the bar is closed."""
+    while not progress.disable:
+        time.sleep(PAUSE / 10)
+        if not progress.disable and time.time() - progress.last_print_t >= PAUSE:
+            progress.refresh()
+            progress.last_print_t = time.time()
 
 
 def journaled(out, items, make, names=None, chunk=100, resume=False, desc="problems"):

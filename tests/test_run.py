@@ -6,10 +6,12 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT
 
+import common.run
 from common.run import (
     add_run_flags,
     amount,
@@ -141,6 +143,14 @@ def test_without_a_terminal_a_bar_is_a_line_every_half_minute(capsys, monkeypatc
             now[0] = second
             progress.update()
         assert capsys.readouterr().err.split("\n")[0].strip() == "problems: 3 of 4, 00:31 gone, 00:10 left"
+
+
+def test_without_a_terminal_a_bar_shows_that_it_lives(capsys, monkeypatch):
+    """One chunk of problems may take minutes, in which nothing is finished."""
+    monkeypatch.setattr(common.run, "PAUSE", 0.1)
+    with bar(4, "problems"):
+        time.sleep(0.5)
+    assert "problems: 0 of 4, 00:00 gone, ? left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, text", [(share, "0"), (share, "1"), (amount, "0"), (amount, "2e9")])
