@@ -28,6 +28,9 @@ class Problem:
     meta: dict = field(default_factory=dict)
 
 
+WORKED = re.compile(r"####|\\boxed|^A:", re.MULTILINE)  # a solution where an answer is expected
+
+
 def _math(row, n):
     """MATH-500, AIME, GSM8K, PRM800K in the schemas of the hub and of the original releases."""
     if isinstance(row.get("question"), dict):  # openai/prm800k: the problem and its answer
@@ -39,10 +42,9 @@ def _math(row, n):
     if gold is None and "label" not in row:  # PRM800K has problems without an answer
         raise KeyError("answer")
     meta = {k: row[k] for k in ("solution", "subject", "level") if row.get(k) is not None}
-    gold = gold_answer(gold)
-    if isinstance(gold, str) and re.search(r"####|\\boxed|^A:", gold, re.M):
+    if isinstance(gold, str) and WORKED.search(gold):
         meta["solution"] = re.sub(r"<<.*?>>", "", gold)  # GSM8K's calculator marks
-        gold = extract_answer(gold)
+    gold = gold_answer(gold)
     if "level" in meta:  # 2 in one copy of MATH-500, "Level 2" in the other
         meta["level"] = int(re.sub(r"\D", "", str(meta["level"])) or 0)
     if isinstance(gold, str) and re.fullmatch(r"-?\d{1,3}(,\d{3})+|0\d+", gold):
@@ -52,9 +54,12 @@ def _math(row, n):
 
 
 def gold_answer(answer):
-    """As text, or a list of texts any of which is right (OlympiadBench's final_answer)."""
+    """As text, or a list of texts any of which is right (OlympiadBench's final_answer). Of a worked
+    solution (GSM8K's) what it ends in."""
     if isinstance(answer, list):
         return list(map(str, answer))
+    if WORKED.search(str(answer)):
+        return extract_answer(answer)
     return None if answer is None else str(answer)
 
 

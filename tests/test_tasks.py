@@ -240,6 +240,7 @@ ROWS = {
         "private_tests": {"input": ["2\n"], "output": ["3\n"]},
         "generated_tests": {"input": [], "output": []}, "time_limit": {"seconds": 3, "nanos": 0},
         "solutions": {"language": [2, 3], "solution": ["C++", "print(int(input())+1)"]}}),
+    "own-worked": ("gsm8k", {"id": "a", "question": "Q", "answer": "6*7 = 42\n#### 42"}),
     "own-math": ("tiny-math", {"id": 1, "question": "Q", "answer": 33}),
     "own-code": ("tiny-code", {"id": 2, "question": "Q", "tests": {
         "kind": "call", "entry": "add", "inputs": [[1, 2]], "outputs": [3], "reference": ADD}}),
@@ -267,7 +268,7 @@ def test_each_schema_loads_and_its_reference_passes(tmp_path, name):
 @pytest.mark.parametrize("name, want", [
     ("gsm8k", "1234"), ("math500", "1234"), ("aime24", "33"), ("aime24-hub", "33"),
     ("aime26", "33"), ("gsm8k-solutions", "42"), ("several", ["1/2", "0.5"]),
-    ("prm800k", "33"), ("own-math", "33"), ("processbench", None), ("apps", None)])
+    ("prm800k", "33"), ("own-math", "33"), ("own-worked", "42"), ("processbench", None), ("apps", None)])
 def test_gold_answers(tmp_path, name, want):
     assert load_row(tmp_path, name).answer == want
 
