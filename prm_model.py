@@ -68,9 +68,7 @@ class PRM(nn.Module):
 
         ids_BT is padded on the right. Attention is causal, so that padding needs no mask.
         """
-        hidden_BTh = ids_BT  # train.py keeps the states of a frozen backbone
-        if not ids_BT.is_floating_point():
-            hidden_BTh = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTh = self.backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         hidden_Mh = hidden_BTh[rows_M, positions_M]  # the head runs on M positions, not on B x T
         return self.head(hidden_Mh).squeeze(-1).float()
 

@@ -41,7 +41,7 @@ from common.checkpoint import (
     shard,
 )
 from common.data import load_data, split
-from common.examples import encode_rows, get_batch, keep_states, label_text, padded_tokens, plan
+from common.examples import HeadOnly, encode_rows, get_batch, keep_states, label_text, plan
 from common.metrics import accounting, metrics, peak_memory, step_flops
 from common.run import TINY, command_line, distributed, gather, need_positive, share, whole
 from prm_model import load_prm
@@ -167,15 +167,16 @@ def train(args, stop):
 
     if master:  # which token carries the label? Look, before hours are spent
         print(f"first row ({data[0].where}):\n{label_text(prm.tokenizer, data[0])}")
+    model = prm
     if args.freeze_backbone:  # it runs once over the rows, not once in each epoch
         data, val = (keep_states(prm, rows, args.batch_tokens, device, autocast, multiple)
                      for rows in (data, val))
-
-    model = prm
+        model = HeadOnly(prm.head)
+    scorer = model  # validation exchanges no gradients
     if args.fsdp:
         shard(prm, device, bf16)
     elif dist.is_initialized():
-        model = DistributedDataParallel(prm, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # -------- optimizer
     lr = args.lr or (3e-4 if total < 100e6 else 1e-5)
@@ -200,7 +201,7 @@ def train(args, stop):
             length_quantiles=quantiles.tolist(), parameters=total, active_parameters=parameters,
             trained=trained, world=world, optimizer_steps=len(plans), lr=lr, settings=settings,
             pretraining_flops=6 * parameters * seen if seen else None)
-        log("eval", 0, **validate(prm, val, val_batches, device, autocast, multiple))
+        log("eval", 0, **validate(scorer, val, val_batches, device, autocast, multiple))
 
     # -------- the loop
     for step in range(progress["step"], len(plans)):
@@ -237,13 +238,12 @@ def train(args, stop):
         # DDP's buckets are the gradients: freeing them would leave both in memory
         optimizer.zero_grad(set_to_none=not dist.is_initialized())
         progress["step"] = step + 1
-        row_lengths = [lengths[i] for i in chain.from_iterable(micros)]
-        flops = 6 * trained * N, 0
+        flops = 6 * trained * N, 0  # of the head, that of attention
         if not args.freeze_backbone:
+            row_lengths = [lengths[i] for i in chain.from_iterable(micros)]
             flops = step_flops(parameters, config, row_lengths)
-        padded = sum(padded_tokens([lengths[i] for i in numbers], multiple) for numbers in micros)
-        figures = accounting(row_lengths, padded, flops, time.perf_counter() - started, device,
-                             totals)
+        figures = accounting(micros, lengths, multiple, flops, time.perf_counter() - started,
+                             device, totals)
         log("train", step + 1, loss=loss, norm=norm, lr=lr * schedule(step, len(plans)), labels=N,
             **figures)
 
@@ -252,7 +252,7 @@ def train(args, stop):
         last = step + 1 == len(plans)
         stopped = False
         if due or last or (step + 1).bit_count() == 1:  # also after 1, 2, 4, 8 ... steps
-            figures = validate(prm, val, val_batches, device, autocast, multiple)
+            figures = validate(scorer, val, val_batches, device, autocast, multiple)
             log("eval", step + 1, **figures)
             better = gather(figures["loss"] < progress["best"])[0]  # rank 0 decides for all
             progress["worse"] = 0 if better else progress["worse"] + 1
@@ -261,7 +261,7 @@ def train(args, stop):
                 progress |= {"best": figures["loss"], "best_step": step + 1}
             if better or args.snapshots:
                 name = f"step-{step + 1:06d}" if args.snapshots else None
-                save_prm(out, prm, model, better, name)
+                save_prm(out, prm, better, name)
         if last or stopped:
             break
         told = any(gather(bool(stop)))  # asked last, so that a SIGTERM never costs another step

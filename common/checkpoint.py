@@ -93,14 +93,14 @@ def shard(prm, device, bf16):
         dist.broadcast(buffer, 0)
 
 
-def save_prm(out, prm, model, best, snapshot=None):
+def save_prm(out, prm, best, snapshot=None):
     """Write the PRM as it is now to the folder `snapshot`, and to OUT if it is the best.
 
-    model: prm, or what DDP made of it. A kill amid these moves leaves no or not all weights in OUT,
-    never a mixture of two PRMs; --resume comes by here again and moves the rest.
+    A kill amid these moves leaves no or not all weights in OUT, never a mixture of two PRMs;
+    --resume comes by here again and moves the rest.
     """
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state = states.get_model_state_dict(model, options=options)  # a collective: on every rank
+    state = states.get_model_state_dict(prm, options=options)  # a collective: on every rank
     disable_progress_bar()  # of transformers, amid the lines of the log
     if is_master() and snapshot:
         prm.save(out / snapshot, state)

@@ -83,6 +83,17 @@ def get_batch(examples, numbers, device, multiple=1):
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
 
+class HeadOnly(torch.nn.Module):
+    """A PRM whose backbone's states are kept: takes them (B, T, h) in place of token ids."""
+
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, states_BTh, rows_M, positions_M):
+        return self.head(states_BTh[rows_M, positions_M]).squeeze(-1).float()
+
+
 @torch.no_grad()
 def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
     """Examples with the hidden states (M, h) of their labelled steps in place of their ids.

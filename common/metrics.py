@@ -10,6 +10,7 @@ import torch
 from torch.distributions import Multinomial
 from torch.nn import functional as F
 
+from common.examples import padded_tokens
 from common.run import rank_and_world
 
 # ---------------------------------------------------------------- how good the probabilities are
@@ -87,9 +88,14 @@ def peak_flops(device):
     return next((flops for gpu, flops in known.items() if gpu in name), None)
 
 
-def accounting(lengths, padded, flops, seconds, device, totals):
-    """What a step has cost: tokens/s, padding, utilisation of a known GPU; all steps' totals."""
-    tokens, all_flops = sum(lengths), sum(flops)
+def accounting(micros, lengths, multiple, flops, seconds, device, totals):
+    """What a step has cost: tokens/s, padding, utilisation of a known GPU; all steps' totals.
+
+    micros: its micro-batches' row numbers; flops: (without attention, that of attention).
+    """
+    rows = [[lengths[i] for i in numbers] for numbers in micros]
+    tokens, all_flops = sum(map(sum, rows)), sum(flops)
+    padded = sum(padded_tokens(row_lengths, multiple) for row_lengths in rows)
     totals.update(tokens=tokens, seconds=seconds, flops=flops[0], flops_with_attention=all_flops)
     peak = peak_flops(device)
     _, world = rank_and_world()

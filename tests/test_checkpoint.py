@@ -131,10 +131,10 @@ def save(folder, state):
 @pytest.mark.parametrize("moves", [0, 1])
 def test_no_kill_mixes_two_prms(tmp_path, monkeypatch, moves, backwards):
     """Killed before or between the two moves, in whatever order the folder lists its files."""
-    model, _ = new_run()
-    prm = SimpleNamespace(save=save)
-    save_prm(tmp_path, prm, model, best=True)
-    torch.nn.init.constant_(model.bias, 5.0)
+    prm, _ = new_run()
+    prm.save = save
+    save_prm(tmp_path, prm, best=True)
+    torch.nn.init.constant_(prm.bias, 5.0)
     original, order = os.replace, Path.iterdir
     calls = []
 
@@ -147,11 +147,11 @@ def test_no_kill_mixes_two_prms(tmp_path, monkeypatch, moves, backwards):
         patch.setattr(Path, "iterdir", lambda self: sorted(order(self), reverse=backwards))
         patch.setattr(os, "replace", replace)
         with pytest.raises(Killed):
-            save_prm(tmp_path, prm, model, best=True)
+            save_prm(tmp_path, prm, best=True)
     # without the backbone's weights nothing loads; --resume comes by again
     assert [file.name for file in tmp_path.glob("*.safetensors")] == ["prm_head.safetensors"]
     shutil.rmtree(tmp_path / "best")
-    save_prm(tmp_path, prm, model, best=True)
+    save_prm(tmp_path, prm, best=True)
     assert {file.read_text() for file in tmp_path.glob("*.safetensors")} == {"5.0"}
 
 

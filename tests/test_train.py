@@ -345,7 +345,7 @@ def test_truncated_rows_train_without_nan(home, tmp_path):
 def test_accounting(monkeypatch):
     monkeypatch.setattr(common.metrics, "peak_flops", lambda _: 1e3)
     totals = Counter(tokens=5, flops=10, flops_with_attention=10)
-    figures = common.metrics.accounting([3, 4], 8, (600, 100), 2.0, None, totals)
+    figures = common.metrics.accounting([[0], [1]], [3, 4], 4, (600, 100), 2.0, None, totals)
     assert figures == {"tokens_per_second": 3.5, "padding": 1 / 8, "mfu": 0.35, "tokens": 12, "seconds": 2.0,
                        "flops": 610, "flops_with_attention": 710}
 
@@ -362,8 +362,14 @@ def test_frozen_backbone(home, tmp_path, monkeypatch):
     trained = sum(p.numel() for p in before.head.parameters())
     labels = sum(row["labels"] for row in read_log(tmp_path / "out", "train"))
     assert end["flops"] == 2 * start["active_parameters"] * tokens + 6 * trained * labels
-    monkeypatch.setattr(train, "keep_states", lambda prm, rows, *_: rows)
-    train.main(flags(home, tmp_path / "again", *argv))
+
+    def load_frozen(*args, **keywords):
+        prm = load_prm(*args, **keywords)
+        prm.backbone.requires_grad_(False)
+        return prm
+    monkeypatch.setattr(train, "load_prm", load_frozen)
+    train.main(flags(home, tmp_path / "again", *argv[1:]))
+    monkeypatch.undo()
     assert close(tmp_path / "again", tmp_path / "out")
     train.main([*flags(home, tmp_path / "more"), "--model", str(tmp_path / "out")])  # a PRM can be trained on
     assert read_log(tmp_path / "more", "eval")[0]["loss"] == pytest.approx(
