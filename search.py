@@ -310,11 +310,9 @@ def main(argv=None):
             vars(args).update(router.route(args.prm[0], args.tokens))
         rank, _, device = run.distributed(args.device)
         page = Page(args.html if rank == 0 else None)
-        problems = []
+        problems = [tasks.Problem("question", args.question, "math")] if args.question else []
         for task in args.task if not args.question else ():
             problems += tasks.load(task, args.data, limit=args.limit, seed=args.seed)
-        if args.question:
-            problems.append(tasks.Problem("question", args.question, "math"))
         policy = load_policy_flags(args, device)
         prms = [load_prm(path, device, args.dtype) for path in args.prm]
     shown = set()  # domains of which a solution has been printed
@@ -334,6 +332,7 @@ def main(argv=None):
         run.same_flags(parser, args)
         rows = pools = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
                                      resume=args.resume)
+        page.finish()
         if args.question or args.no_baseline:
             pools = []
         elif args.strategy not in ("best_of_n", "majority"):  # the same tokens without search

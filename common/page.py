@@ -41,6 +41,11 @@ class Page:
             self.trees.append(tree(*arguments))
             Path(self.file).write_text(page(self.trees), encoding="utf-8")
 
+    def finish(self):
+        if self.file and not self.trees:
+            print(f"--html {self.file}: not written, since --resume found all searches done, and "
+                  "rows hold no trees")
+
 
 def page(trees):
     """The HTML of these trees."""

@@ -39,6 +39,16 @@ def searched(request, tmp_path_factory):
     return folder / "tree.html", trees(folder / "tree.html"), rows
 
 
+def test_searches_that_are_done_have_no_page(searched, capsys):
+    page, _, rows = searched
+    capsys.readouterr()
+    search.main(["--strategy", rows[0]["strategy"], "--task", "tiny-code", "--limit", "2", "--device", DEVICE, "--dtype",
+                 "float32", "--html", str(page.with_name("more.html")), "--out", str(page.with_name("rows.jsonl")),
+                 "--resume"])
+    assert "more.html: not written, since --resume found all searches done" in capsys.readouterr().out
+    assert not page.with_name("more.html").exists()
+
+
 @pytest.mark.parametrize("number", [0, 1])
 def test_the_page_is_the_search(searched, number):
     tree, row = searched[1][number], searched[2][number]
