@@ -98,7 +98,8 @@ class HeadOnly(torch.nn.Module):
 def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
     """Examples with the hidden states (M, h) of their labelled steps in place of their ids.
 
-    A frozen backbone computes the same ones in each epoch: here once, shared among the ranks.
+    A frozen backbone computes the same ones in each epoch: here once, shared among the ranks. Each
+    rank then holds all of them in main memory: h numbers a label, of 2 bytes in bf16.
     """
     rank, world = rank_and_world()
     states = {}
@@ -108,7 +109,9 @@ def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
             ids_BT, rows_M, positions_M, *_ = get_batch(examples, numbers, device, multiple)
             with autocast():
                 output = prm.backbone(input_ids=ids_BT, use_cache=False)
-            hidden_Mh = output.last_hidden_state[rows_M, positions_M].cpu()
+                hidden_Mh = output.last_hidden_state[rows_M, positions_M].cpu()
+                if torch.is_autocast_enabled(device.type):  # the head would round them anyway
+                    hidden_Mh = hidden_Mh.to(torch.get_autocast_dtype(device.type))
             parts = hidden_Mh.split([len(examples[i].labels) for i in numbers])
             states.update((i, part.clone()) for i, part in zip(numbers, parts))
             progress.update(len(numbers) * world)
