@@ -207,6 +207,10 @@ def candidates(groups, separator, keep_unanimous=False):
 def annotate(solutions, voters, judge=None, k=8, labels="hard", how="all", vote_labels=False):
     """Steps 2 and 3: voters {name: LLM}, the judge, who reads only, and the labels that came with
     the solutions (vote_labels) name first wrong steps; solutions on which they agree get labels."""
+    if labels == "outcome":  # all steps as right as the answer (Cobbe et al., arXiv 2110.14168)
+        voters = {}  # no rollouts
+        for s in solutions:
+            s.votes["answer"] = {True: -1, False: 0, None: None}[s.ends_right]
     # Hard labels need one border and one success; soft labels need k rollouts of every prefix.
     search, early = (linear_scan, False) if labels == "soft" else (first_wrong_steps, True)
     for s in solutions:
@@ -245,7 +249,8 @@ def parse(argv):
     a("--task-data", help="local file in place of the hub")
     a("--split", help="of --task (the tiny world: train)")
     a("--k", type=int, default=8, help="rollouts a prefix, at most (8)")
-    a("--labels", choices=["hard", "soft"], default="hard", help="soft: the values, c / k (hard)")
+    a("--labels", choices=["hard", "soft", "outcome"], default="hard",
+      help="soft: the values, c / k; outcome: the answer's for all steps, no rollouts (hard)")
     a("--consensus", default="all", help="all, majority, or a number of voters")
     a("--keep-unanimous", action="store_true", help="keep problems always or never solved")
     a("--concurrent", type=int, default=200, help="problems annotated together (200)")

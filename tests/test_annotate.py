@@ -206,6 +206,14 @@ def test_soft_labels_are_the_mean_values_of_the_voters():
     assert solutions[0].rollouts == 24
 
 
+@pytest.mark.parametrize("right, want", [(True, [True] * 4), (False, [False] * 4), (None, None)])
+def test_outcome_labels_are_the_answers_and_need_no_rollout(right, want):
+    solution = seven("abcd")
+    solution.ends_right = right
+    annotate.annotate([solution], {"A": Script({})}, labels="outcome")
+    assert (solution.labels, solution.rollouts) == (want, 0)
+
+
 # ---------------------------------------------------------------- the script
 
 SMALL = ["--policies", str(TINY / "A"), "--limit", "4", "--samples", "2", "--keep-unanimous",
