@@ -133,33 +133,33 @@ def without_unit(s):
 TOKEN = re.compile(r"\\[a-zA-Z]+|\\.|\d+(?:\.\d+)?|.", re.S)
 ARGUMENTS = {r"\frac": 2, r"\binom": 2, r"\sqrt": 1, r"\overline": 1, "^": 1, "_": 1}
 INFIX = {r"\choose": r"\binom", r"\over": r"\frac"}
-CLOSING = {"{": "}", "(": ")", "[": "]"}
+CLOSING = {"{": "}", "(": ")]", "[": ")]"}  # [0, 1) is an interval
 
 
 def braced(s):
     """TeX with all its braces: \\frac\\pi6 -> \\frac{\\pi}{6}; 4^\\frac12 -> 4^{\\frac{1}{2}};
     7 \\choose 5 -> \\binom{7}{5}."""
-    return group(TOKEN.findall(s)[::-1], None)
+    return group(TOKEN.findall(s)[::-1], "")[0]
 
 
 def group(tokens, closing):
-    """Read tokens (last first) up to the closing bracket, which goes, too."""
+    """Read tokens (last first) up to a closing bracket. -> (what was before it, the bracket)"""
     parts = []
     while tokens:
         token = tokens.pop()
-        if token == closing:
-            break
+        if token in closing:
+            return "".join(parts), token
         if token in INFIX:  # of all that stands before and after it in this group
-            rest = group(tokens, closing)
-            return f"{INFIX[token]}{{{''.join(parts)}}}{{{rest}}}"
+            rest, bracket = group(tokens, closing)
+            return f"{INFIX[token]}{{{''.join(parts)}}}{{{rest}}}", bracket
         parts.append(one(token, tokens, "".join(parts[-1:])))
-    return "".join(parts)
+    return "".join(parts), closing[:1]  # it is missing at the end
 
 
 def one(token, tokens, before=""):
     """A token with all that belongs to it."""
     if token in CLOSING:
-        return token + group(tokens, CLOSING[token]) + CLOSING[token]
+        return token + "".join(group(tokens, CLOSING[token]))
     text = token
     if token == r"\sqrt" and tokens and tokens[-1] == "[":  # \sqrt[3]{8}
         text += one(tokens.pop(), tokens)
@@ -176,9 +176,9 @@ def argument(macro, tokens, before):
         return ""
     token = tokens.pop()
     if token == "{":
-        return group(tokens, "}")
+        return group(tokens, "}")[0]
     if macro in ("^", "_", r"\sqrt") and token == "(":  # plain text: 2^(1/2), sqrt(2)
-        return group(tokens, ")")
+        return group(tokens, ")")[0]
     if macro == "^" and token in ("-", "+"):  # plain text: x^-1
         return token + argument(macro, tokens, before)
     # TeX takes one digit; a number that follows ^ was meant whole: 2^10

@@ -28,6 +28,7 @@ EQUAL = {
         r"6 \text{ feet } 2 \text{ inches}", "6 hours and 5 minutes", "6 pounds four ounces"]),
     "a period": (r"\frac{7}{30}", [r"0.2\overline{3}", r"0.2\bar{3}"], ["0.23"]),
     "signs and their words": (r"(-\infty,\pi]", ["(−∞, π]"], [r"(-\infty,\pi)"]),
+    "a half-open interval": (r"[0,\frac12)", [r"[0, \frac{1}{2})", "[0,1/2)"], ["[0,1/2]", "(0,1/2)"]),
     "the empty set": (r"\varnothing", [r"\{\}", r"\emptyset", "∅"], ["0"]),
     "a mixed number": (r"\frac{9}{4}", [r"2\frac14", "2 1/4", "2.25."], ["2", "1/4"]),
     "powers of ten": ("1200", ["1.2e3", r"1.2 \times 10^3", "1.2 × 10^3"], ["1.2"]),

@@ -188,17 +188,17 @@ def f(x):
 """
 REPLIES = {
     "400 digits": rb'ok 1' + b"0" * 400 + b" 2\n",
-    "a complex number of 10**400": b'ok 1 {"t": "complex", "v": [1' + b"0" * 400 + b", 0]}\n",
-    "10,000 digits": b"ok 1 " + b"1" * 10000 + b"\n",
-    "no JSON": b"ok 1 {{{\n" * 9,
-    "no UTF-8": b"ok 1 \xff\n\xff \xff \xff\n",
-    "an unknown type": b'ok 1 {"t": "x", "v": 1}\n',
-    "no type": b'ok 1 {"v": 1}\n',
-    "a list as a type": b'ok 1 {"t": [], "v": 1}\n',
-    "a number as a list": b'ok 1 {"t": "tuple", "v": 1}\nok 1 {"t": "dict", "v": 1}\nok 1 {"t": "set", "v": 1}\n',
-    "a set": b'ok 1 {"t": "set", "v": [{"t": "set", "v": 1}]}\n',
-    "a digest": b'ok 1 {"t": "digest", "v": [1]}\n',
-    "an int": b'ok 1 {"t": "int", "v": []}\n',
+    "a complex number of 10**400": b'ok 1.000000 {"t": "complex", "v": [1' + b"0" * 400 + b", 0]}\n",
+    "10,000 digits": b"ok 1.000000 " + b"1" * 10000 + b"\n",
+    "no JSON": b"ok 1.000000 {{{\n" * 9,
+    "no UTF-8": b"ok 1.000000 \xff\n\xff \xff \xff\n",
+    "an unknown type": b'ok 1.000000 {"t": "x", "v": 1}\n',
+    "no type": b'ok 1.000000 {"v": 1}\n',
+    "a list as a type": b'ok 1.000000 {"t": [], "v": 1}\n',
+    "a number as a list": b'ok 1.000000 {"t": "tuple", "v": 1}\nok 1.000000 {"t": "dict", "v": 1}\nok 1.000000 {"t": "set", "v": 1}\n',
+    "a set": b'ok 1.000000 {"t": "set", "v": [{"t": "set", "v": 1}]}\n',
+    "a digest": b'ok 1.000000 {"t": "digest", "v": [1]}\n',
+    "an int": b'ok 1.000000 {"t": "int", "v": []}\n',
 }
 
 
@@ -209,8 +209,8 @@ def test_a_malformed_reply_is_a_verdict(name, expected):
     assert verdict(REPLY.replace("REPLY", repr(REPLIES[name])), outputs=[expected, 3]) != "ok"
 
 
-@pytest.mark.parametrize("reply", ["b'ok 1 ' + b'[' * 100000 + b'\\n'", "b'ok 1 [' + b'[],' * 4000000 + b'[]]\\n'",
-                                   "b'x' * 10000000 + b' 1 2\\n'", "b'\\n' * 10000000", "b'ok 1 2\\n' * 3000000"],
+@pytest.mark.parametrize("reply", ["b'ok 1.000000 ' + b'[' * 100000 + b'\\n'", "b'ok 1.000000 [' + b'[],' * 4000000 + b'[]]\\n'",
+                                   "b'x' * 10000000 + b' 1 2\\n'", "b'\\n' * 10000000", "b'ok 1.000000 2\\n' * 3000000"],
                          ids=["deep", "millions of lists", "a long status", "millions of lines", "millions of answers"])
 def test_a_long_reply_is_a_verdict(reply):
     start = time.monotonic()
