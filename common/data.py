@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.converters import STEP_LABELS
+from common.run import expect, located
 
 
 def read_rows(file):
@@ -59,17 +60,13 @@ def read_rows(file):
 def read_solutions(file):
     """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
     for number, row in read_rows(file):
-        try:
+        with located(f"{file}:{number}: neither a sample row nor a stepwise row"):
             solutions = [(row.get("prompt"), row["completions"])] if "completions" in row else [
                 (row["question"], sample["steps"]) for sample in row["samples"]]
             for question, steps in solutions:
+                expect(isinstance(steps, list), "the steps are no list")
                 "".join([question, *steps])  # a TypeError if these are no texts
-                if not isinstance(steps, list):
-                    raise TypeError("the steps are no list")
                 yield question, steps
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row "
-                             f"({error!r})") from error
 
 
 def hub_rows(name, *where, **keywords):
@@ -178,20 +175,22 @@ def format_of(row):
 def check(row):
     """ValueError that names the field, if this is no stepwise row. Labels: None, or in [0, 1]."""
     prompt, steps, labels = row.get("prompt"), row.get("completions"), row.get("labels")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("prompt: a text is expected")
-    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
-        raise ValueError("completions: a list of texts is expected")
+    expect(isinstance(prompt, str) and prompt.strip(), "prompt: a text is expected")
+    expect(texts(steps), "completions: a list of texts is expected")
     "".join([prompt, *steps]).encode()  # half a surrogate pair would crash the tokenizer
-    if not isinstance(labels, list) or len(labels) != len(steps):
-        raise ValueError(f"labels: {len(steps)} are expected, one for each of completions, "
-                         f"not {labels!r:.60}")
+    expect(isinstance(labels, list) and len(labels) == len(steps),
+           f"labels: {len(steps)} are expected, one for each of completions, not {labels!r:.60}")
     for y in labels:
-        if y is not None and not (isinstance(y, (int, float)) and 0 <= y <= 1):
-            raise ValueError(f"labels: {y!r} is not in [0, 1]")
+        expect(y is None or isinstance(y, (int, float)) and 0 <= y <= 1,
+               f"labels: {y!r} is not in [0, 1]")
 
 
-def read_set(name, form="auto", neutral="good"):
+def texts(steps):
+    """Is it a list of texts, and not empty?"""
+    return isinstance(steps, list) and steps and all(isinstance(s, str) for s in steps)
+
+
+def read_set(name, neutral="good"):
     """Yield ("file:line", stepwise row) of a JSONL file or of a hub set's train split."""
     if Path(name).is_file():
         records = ((f"{name}:{number}", row) for number, row in read_rows(name))
@@ -200,15 +199,11 @@ def read_set(name, form="auto", neutral="good"):
     else:
         records = hub_rows(name, name, split="train")
     for where, record in records:
-        schema = format_of(record) if form == "auto" else form
-        try:
+        schema = format_of(record)
+        with located(f"{where}: not a {schema} row"):
             for row in FORMATS[schema](record, neutral):
                 check(row)
                 yield where, row
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{where}: not a {schema} row ({error!r})") from error
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
 
 
 # ------------------------------------------------------------ training and validation sets

@@ -5,6 +5,7 @@ from collections import namedtuple
 from pathlib import Path
 
 from common.data import read_rows
+from common.run import expect, located
 
 DOMAINS = ["math", "code"]
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]  # as Table 2 calls them
@@ -38,11 +39,8 @@ def read_sets(files, limit, separator):
     for k, file in enumerate(files):
         # islice: rows after the limit are not even read
         for number, row in itertools.islice(read_rows(file), limit):
-            try:
+            with located(f"{file}:{number}"):
                 responses += row_responses(row, k, len(files), separator)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                missing = "no field " if isinstance(error, KeyError) else ""
-                raise ValueError(f"{file}:{number}: {missing}{error}") from None
     return responses
 
 
@@ -53,16 +51,13 @@ def row_responses(row, k, files, separator):
     else:
         question, samples = row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
     domain = row["domain"] if files == 1 else DOMAINS[k * 2 // files]
-    if domain not in DOMAINS:
-        raise ValueError(f"domain: math or code is expected, not {domain!r}")
-    if not isinstance(question, str):
-        raise TypeError(f"the question must be a text, not {question!r:.50}")
+    expect(domain in DOMAINS, f"domain: math or code is expected, not {domain!r}")
+    expect(isinstance(question, str), f"the question must be a text, not {question!r:.50}")
     for i, sample in enumerate(samples):
-        if not isinstance(sample["steps"], list):  # a text would be cut into its letters
-            raise TypeError("a response must be a list of texts")
+        # a text would be cut into its letters
+        expect(isinstance(sample["steps"], list), "a response must be a list of texts")
         text = separator.join(sample["steps"])  # a step that is no text is a TypeError here
-        if not text.strip():
-            raise ValueError("an empty response")
+        expect(text.strip(), "an empty response")
         if files == 4:  # the second and the fourth repeat some of the first and the third
             names = {SETS[k]} if k % 2 else sets_of(domain, False, sample.get("correct"))
         else:

@@ -9,9 +9,12 @@ import glob
 import json
 import math
 import os
+import pickle
 import re
 import sys
+import zlib
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -133,12 +136,9 @@ def collect(out, resume, rank):
     finished = {}
     for file in files if resume else ():
         for number, line in enumerate(whole_lines(file), 1):
-            try:
+            with located(f"{file}:{number}: not a row that --resume could keep"):
                 row = json.loads(line)
                 finished[row["id"]] = row
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{file}:{number}: not a row that --resume could keep "
-                                 f"({error!r})") from error
     gather("every rank has read before rank 0 writes")
     if rank == 0 and files:
         write_rows(out, finished.values())
@@ -172,6 +172,28 @@ def write_rows(file, rows):
     partial = Path(f"{file}.partial")
     partial.write_text(jsonl(rows), encoding="utf-8")
     os.replace(partial, file)
+
+
+# what reading a row of another form, or unpacking what is in it, raises
+ROW_ERRORS = (ValueError, LookupError, TypeError, AttributeError, StopIteration, SyntaxError,
+              EOFError, RecursionError, zlib.error, pickle.UnpicklingError)
+
+
+@contextmanager
+def located(place):
+    """What is wrong with a row becomes a ValueError "PLACE: why"."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{place}: no field {error}") from error
+    except ROW_ERRORS as error:
+        raise ValueError(f"{place}: {str(error) or 'not such a row'}") from error
+
+
+def expect(condition, message):
+    """ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
 
 
 class CommandLine(argparse.ArgumentParser):

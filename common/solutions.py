@@ -96,7 +96,7 @@ def given_solutions(files, problems, limit=None, neutral="good"):
     known = {plain(p.question): p for p in problems}
     groups, used = {}, Counter()
     for file in files:
-        for where, row in itertools.islice(read_set(file, "auto", neutral), limit):
+        for where, row in itertools.islice(read_set(file, neutral), limit):
             domain = row.get("domain") or "math"
             if domain not in ("math", "code") or not isinstance(row.get("id", ""), (str, int)):
                 raise ValueError(f"{where}: domain: math or code is expected, id: a text")

@@ -10,11 +10,8 @@ A *whole solution text* is judged. Math: its final answer is compared with the g
 program is run against the tests, in the sandbox of judge.py, whose docstring says what that leaves
 open.
 """
-import contextlib
-import pickle
 import random
 import time
-import zlib
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 
@@ -24,7 +21,7 @@ from common.data import hub_rows, read_rows
 from common.judge import extract_code
 from common.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401 (others: Problem)
 from common.notation import normalise
-from common.run import command_line
+from common.run import command_line, expect, located
 
 
 @dataclass
@@ -154,33 +151,16 @@ def task_rows(task, data, split, limit, seed):
 def to_problem(task, name, where, row, number):
     """The Problem of a row, by the task's row function or from this project's own form.
     name: of the task and its split, for rows that have no id."""
-    try:
+    with located(where):
         own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
         likely = () if own else likely_tasks(row)
-        if likely and task not in likely:
-            raise ValueError(f"this is no row of {task} but of {' or '.join(likely)}: pass --task")
+        expect(not likely or task in likely,
+               f"this is no row of {task} but of {' or '.join(likely)}: pass --task")
         problem = (own_row if own else TASKS[task][0])(row, number)
-        if not problem.question.strip():
-            raise ValueError("empty question")
+        expect(problem.question.strip(), "empty question")
         if not own and problem.id == str(number):
             problem.id = f"{name}-{number}"  # a row without id: other tasks have numbers, too
         return problem
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError,
-            zlib.error, EOFError, RecursionError, pickle.UnpicklingError) as error:
-        reason = str(error) or "not a row of this task"
-        if isinstance(error, KeyError):
-            reason = f"no field {error}{others(task, row)}"
-        raise ValueError(f"{where}: {reason}") from None
-
-
-def others(task, row):
-    """Which tasks a row of another one looks like, for the message."""
-    names = []
-    for name, (make, *_) in TASKS.items():
-        with contextlib.suppress(Exception):  # a row function may fail in any way on such a row
-            make(row, 0)
-            names.append(name)
-    return f": it is no row of {task}; --task {' or '.join(names)} can read it" if names else ""
 
 
 def reference_rate(problems, progress=False):
