@@ -306,20 +306,18 @@ def check_run_flags(parser, args, *positive):
             parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
+# flags that may change, since no row depends on them
 FREE = ("limit", "concurrent", "no_baseline", "device", "html", "json", "out", "resume",
         "overwrite")
 
 
-def same_flags(parser, args, free=FREE):
-    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps the flags.
-
-    Flags in `free` may change, since no row depends on them.
-    """
+def same_flags(parser, args):
+    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps them."""
     if not args.out or not is_first():
         return
     out = Path(args.out)
     file = Path(f"{out}.flags")
-    flags = {name: value for name, value in vars(args).items() if name not in free}
+    flags = {name: value for name, value in vars(args).items() if name not in FREE}
     with parser:
         if args.resume and begun(out) and file.exists():
             before = json.loads(file.read_text())
