@@ -26,11 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.utils.logging import disable_progress_bar
 
-from common.run import gather, whole_lines, write_rows
-
-
-def is_master():
-    return not dist.is_initialized() or dist.get_rank() == 0
+from common.run import gather, is_first, whole_lines, write_rows
 
 
 @contextmanager
@@ -53,7 +49,7 @@ def check_out_folder(out, resume, overwrite, total, trained):
     resumable = resume and (out / "log.jsonl").exists()
     if out.is_dir() and any(out.iterdir()) and not overwrite and not resumable:
         problem = f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
-    elif is_master():
+    elif is_first():
         problem = why_not_writable(out, 16 * (total + trained))
     if problem := gather(problem)[0]:
         raise ValueError(problem)
@@ -85,10 +81,10 @@ def shard(prm, device, bf16):
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in [*prm.backbone.layers, prm]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    if not is_master():
+    if not is_first():
         prm.to_empty(device=device)
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    states.set_model_state_dict(prm, whole if is_master() else {}, options=options)
+    states.set_model_state_dict(prm, whole if is_first() else {}, options=options)
     for buffer in prm.buffers():  # the rotary frequencies are in no state dict
         dist.broadcast(buffer, 0)
 
@@ -102,9 +98,9 @@ def save_prm(out, prm, model, best, snapshot=None):
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = states.get_model_state_dict(model, options=options)  # a collective: on every rank
     disable_progress_bar()  # of transformers, amid the lines of the log
-    if is_master() and snapshot:
+    if is_first() and snapshot:
         prm.save(out / snapshot, state)
-    if is_master() and best:
+    if is_first() and best:
         prm.save(out / "best", state)
         for old in out.glob("model*.safetensors*"):  # the new ones may be fewer files
             old.unlink()
@@ -123,7 +119,7 @@ def save_checkpoint(out, model, optimizer, progress):
                  no_dist=not dist.is_initialized())
     except CheckpointException as error:  # no Exception: a full disk would be a page of traceback
         raise OSError(f"{partial}: {str(error).strip().splitlines()[-1]}") from None
-    if is_master():
+    if is_first():
         (partial / "progress.json").write_text(json.dumps(progress))
         os.replace(partial, final)
         for old in set(out.glob("checkpoint-*")) - {final}:
@@ -165,7 +161,7 @@ def begin(out, resume, settings, model, optimizer):
         load_checkpoint(checkpoint, model, optimizer)
     progress["totals"] = Counter(progress["totals"])
     gather("every rank has read before rank 0 removes files")
-    if is_master():
+    if is_first():
         rows = read_log(out) if checkpoint else []
         write_rows(out / "log.jsonl", [row for row in rows if row["step"] <= progress["step"]])
         stale = set(out.glob("checkpoint*")) - {checkpoint}
@@ -176,6 +172,6 @@ def begin(out, resume, settings, model, optimizer):
 
 def finish(out):
     """Remove the checkpoints. The best PRM stays."""
-    for folder in out.glob("checkpoint*") if is_master() else ():
+    for folder in out.glob("checkpoint*") if is_first() else ():
         shutil.rmtree(folder)
     gather("OUT is whole when any rank returns")

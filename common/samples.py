@@ -222,10 +222,7 @@ def load_problems(args, rank):
     if rank == 0 and len(judged) < len(problems):
         print(f"left out, without answer and tests: {len(problems) - len(judged)} problems")
     if rank == 0 and code:
-        right, total, failing = tasks.reference_rate(code, progress=True)
-        print(f"reference solutions right: {right} of {total}")
-        for name, why in failing.items():
-            print(f"  {name}: {why}")
+        tasks.print_references(code)
     return judged
 
 

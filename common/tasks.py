@@ -11,9 +11,8 @@ program is run against the tests, in the sandbox of judge.py, whose docstring sa
 open.
 """
 import random
-import time
 from dataclasses import dataclass
-from itertools import chain, repeat, zip_longest
+from itertools import chain, combinations
 
 from common import judge
 from common.answers import equivalent_many, extract_answer
@@ -69,15 +68,13 @@ def vote_keys(items):
         if problem.domain == "math" and keys[i] is not None:
             keys[i] = normalise(keys[i])
             forms.setdefault((problem.id, problem.question), {})[keys[i]] = None
-    # round by round, the n-th answer to each problem meets the keys before it: not all pairs
-    for answers in zip_longest(*map(list, forms.values())):
-        rounds = [pair for pair in zip(forms.values(), answers) if pair[1] is not None]
-        earlier = [list(dict.fromkeys(group.values())) for group, _ in rounds]
-        pairs = [zip(keys, repeat(answer)) for keys, (_, answer) in zip(earlier, rounds)]
-        equal = iter(equivalent_many(list(chain.from_iterable(pairs))))
-        for (group, answer), candidates in zip(rounds, earlier):
-            verdicts = dict(zip(candidates, equal))
-            group[answer] = next((key for key, same in verdicts.items() if same), answer)
+    pairs = list(chain.from_iterable(combinations(group, 2) for group in forms.values()))
+    equal = dict(zip(pairs, equivalent_many(pairs)))
+    for group in forms.values():
+        firsts = []
+        for form in group:
+            group[form] = next((first for first in firsts if equal[first, form]), form)
+            firsts += [form] * (group[form] == form)
     # a program's hash is its own key
     return [forms.get((p.id, p.question), {}).get(key, key) for (p, _), key in zip(items, keys)]
 
@@ -164,12 +161,7 @@ def to_problem(task, name, where, row, number):
 
 
 def reference_rate(problems, progress=False):
-    """Judge the reference solutions -> (passed, number of references, {failing id: why}).
-
-    Look at this before scoring a benchmark. A reference that fails says something about this
-    machine (a missing library, a slow disk) or about the data (several right answers), not about a
-    model.
-    """
+    """Judge the reference solutions -> (passed, number of references, {failing id: why})."""
     solutions = []
     for p in problems:
         if p.domain == "math" and p.answer is not None:
@@ -180,6 +172,15 @@ def reference_rate(problems, progress=False):
     verdicts = judge_many(solutions, progress=progress)
     failing = {p.id: v.why for (p, _), v in zip(solutions, verdicts) if not v.ok}
     return sum(v.ok for v in verdicts), len(solutions), failing
+
+
+def print_references(problems):
+    """To be seen before a benchmark is scored: a reference that fails says something about this
+    machine (a missing library, a slow disk) or the data (several right answers), not of a model."""
+    right, total, failing = reference_rate(problems, progress=True)
+    print(f"reference solutions right: {right} of {total}")
+    for name, why in failing.items():
+        print(f"  {name}: {why}")
 
 
 def main(argv=None):
@@ -195,12 +196,8 @@ def main(argv=None):
     for p in problems[:2]:
         goal = p.answer if p.domain == "math" else str(p.tests)[:300]
         print(f"[{p.id}] {p.question.strip()}\n  -> {goal}\n")
-    start = time.monotonic()
-    right, total, failing = reference_rate(problems, progress=True)
-    print(f"{len(problems)} problems; reference solutions right: {right} of {total}, "
-          f"{time.monotonic() - start:.1f} s")
-    for name, why in failing.items():
-        print(f"  {name}: {why}")
+    print(f"{len(problems)} problems")
+    print_references(problems)
 
 
 if __name__ == "__main__":
