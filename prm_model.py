@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained, must_fit
+from common.models import bos, check, dtype_of, load_head, load_pretrained, must_fit
 from common.page import Page, solution_tree
 from common.prm_server import ServerPRM
 from common.published import TEXTS, export, load_published
@@ -209,8 +209,9 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     config = load_pretrained(AutoConfig, path)
     form = getattr(config, "prm", None) or {}
     meta = str(device) == "meta"
-    if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
-        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path, HEAD_FILE)
+    ours = form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]
+    if ours:
+        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), None
     else:
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
                                                 keywords.get("template"), meta)
@@ -221,8 +222,10 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     torch.manual_seed(seed)  # an untrained head must be the same on every rank
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
               **{"base_model": path} | form | keywords)
-    if head:
-        fill_head(prm.head, head, path)
+    if ours:
+        load_head(prm.head, path, HEAD_FILE)
+    elif head:
+        prm.head.load_state_dict(head)
     return prm.eval()
 
 

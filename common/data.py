@@ -134,27 +134,21 @@ def from_math_shepherd(row, neutral=None):
     """
     text, signs = row["input"], row["label"]
     numbered = re.search(r"\bstep 1:", text, re.IGNORECASE)
-    if numbered:
-        begin = numbered.start()
-    else:
-        begin = text.find("?", 0, text.find("ки")) + 1  # a few rows number no steps
-    if begin <= 0:
-        raise ValueError('input: no "Step 1:" and no "?" where the question could end')
-    steps, labels, end = [], [], begin
-    for k, tag in enumerate(re.finditer("ки", text)):
-        # Look for the sign at the tag's place, since sums have + and -, too. Each of the k tags
-        # before was two characters long, and its sign is one.
-        at = tag.start() - k
-        sign = signs[at:at + 1]
-        if sign not in ("+", "-"):
-            raise ValueError(f"label: {sign!r} where the tag of step {k + 1} is, "
-                             "+ or - is expected")
-        if tag.start() >= begin:
-            steps.append(text[end:tag.start()].strip())
-            labels.append(float(sign == "+"))
-            end = tag.end()
-    question = text[:begin].replace("ки", "").strip()
-    return [{"prompt": question, "completions": steps, "labels": labels}]
+    # a few rows number no steps
+    begin = numbered.start() if numbered else text.find("?", 0, text.find("ки")) + 1
+    expect(begin > 0, 'input: no "Step 1:" and no "?" where the question could end')
+    question, steps, labels = text[:begin], [], []
+    # Look for the sign at the tag's place, since sums have + and -, too. A tag is two characters
+    # long, its sign is one.
+    at = begin - question.count("ки")
+    for step in text[begin:].split("ки")[:-1]:
+        at += len(step) + 1
+        sign = signs[at - 1:at]
+        steps.append(step.strip())
+        labels.append(float(sign == "+"))
+        expect(sign in ("+", "-"),
+               f"label: {sign!r} where the tag of step {len(steps)} is, + or - is expected")
+    return [{"prompt": question.replace("ки", "").strip(), "completions": steps, "labels": labels}]
 
 
 FORMATS = {"stepwise": lambda row, neutral: [row], "prm800k": from_prm800k,
@@ -213,10 +207,8 @@ def load_data(names, neutral, samples, seed):
     (§3.1, Table 3)."""
     data = []
     for name in names:
-        bar = tqdm(read_set(name, neutral=neutral), f"read {name}", disable=None, leave=False)
-        rows = list(bar)
-        if not rows:
-            raise ValueError(f"{name}: no rows")
+        rows = [*tqdm(read_set(name, neutral), f"read {name}", disable=None, leave=False)]
+        expect(rows, f"{name}: no rows")
         # seeded by the file's name: no other set, and no folder, changes which rows are drawn
         random.Random(f"{seed} {Path(name).name}").shuffle(rows)
         data += rows[:samples]
@@ -250,11 +242,9 @@ def split(rows, val_rows, fraction, val_samples):
         val_problems = {plain(prompt) for prompt in prompts if held_out(prompt, fraction)}
         val_rows = [item for item in rows if plain(item[1]["prompt"]) in val_problems]
     train_rows = [item for item in rows if plain(item[1]["prompt"]) not in val_problems]
-    if not train_rows or not val_rows:
-        side = "validation" if train_rows else "training"
-        raise ValueError(f"{side} would be empty: {len(val_problems)} problems are held out "
-                         f"(--val-fraction, --val-data), and {len(train_rows)} rows are left to "
-                         "train on")
+    side = "validation" if train_rows else "training"
+    expect(train_rows and val_rows, f"{side} would be empty: {len(val_problems)} problems are held "
+           f"out (--val-fraction, --val-data), and {len(train_rows)} rows are left to train on")
     val_rows = list(val_rows)
     random.Random(0).shuffle(val_rows)
     return train_rows, val_rows[:val_samples]

@@ -20,19 +20,18 @@ def read_first_errors(args):
     sets = {}
     for name in args.first_error:
         task, _, split = name.partition(":")
-        # the four splits are four files on the hub; a local file is one of them
-        splits = [split] if split or args.data else PROCESSBENCH
-        if task in tasks.TASKS:
-            if task != "processbench":
-                raise ValueError(f"--first-error {name}: rows without a first error")
-            for split in splits:
-                problems = tasks.load(task, args.data, split or None, args.limit, args.seed)
-                sets[split or name] = [(p.question, p.meta["steps"], p.meta["label"], {})
-                                       for p in problems]
+        if task not in tasks.TASKS:
+            rows = tasks.drawn([row for _, row in read_set(name)], args.limit, args.seed)
+            # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
+            sets[name] = [(r["prompt"], r["completions"], first_wrong(r["labels"]), r)
+                          for r in rows]
             continue
-        rows = tasks.drawn([row for _, row in read_set(name)], args.limit, args.seed)
-        # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
-        sets[name] = [(r["prompt"], r["completions"], first_wrong(r["labels"]), r) for r in rows]
+        expect(task == "processbench", f"--first-error {name}: rows without a first error")
+        # the four splits are four files on the hub; a local file is one of them
+        for part in [split] if split or args.data else PROCESSBENCH:
+            problems = tasks.load(task, args.data, part or None, args.limit, args.seed)
+            sets[part or name] = [(p.question, p.meta["steps"], p.meta["label"], {})
+                                   for p in problems]
     return sets
 
 

@@ -7,14 +7,10 @@
 
 docs/models.md lists families, exact or refused (python benchmarks/families.py).
 """
-import socket
 import sys
 from pathlib import Path
-from urllib.parse import urlparse
-from urllib.request import getproxies
 
 import torch
-from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
@@ -23,6 +19,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from common.cache import encode_missing
 from common.node import Node
+from common.run import expect
 
 TOKENS = 20         # of the check
 SHORT_WINDOW = 4    # stands for any sliding window or chunk in the check: shorter than its text
@@ -40,9 +37,8 @@ def bos(tokenizer):
 
 def must_fit(tokens, context, question):
     """ValueError: a question of so many tokens leaves no room in the model's context (or None)."""
-    if context and tokens >= context:
-        raise ValueError(f"a question of {tokens} tokens does not fit into the model's context of "
-                         f"{context}: {question.strip()[:40]!r} ...")
+    expect(not context or tokens < context, f"a question of {tokens} tokens does not fit into the "
+           f"model's context of {context}: {question.strip()[:40]!r} ...")
 
 
 def own_logits(lm, hidden):
@@ -126,26 +122,14 @@ def names_folder(path):
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_folder
 
 
-def is_local(path):
-    """Is asking the hub pointless? Then a wrong name fails at once, not after 25 s of retries."""
-    if names_folder(str(path)) or Path(path).is_dir():
-        return True
-    if getproxies():  # a proxy resolves the hub's name for us
-        return False
-    try:
-        socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
-    except OSError:
-        return True  # no network: what was downloaded before still loads
-    return False
-
-
 def load_pretrained(kind, path, **keywords):
     """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
     would make up. It never runs code from the hub, and never unpickles."""
     set_verbosity_error()  # what its warnings would say of the weights is in our own errors
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers: a line of noise for each model in a log
-    keywords["local_files_only"] = is_local(path)
+    # a folder that is missing is no question to the hub, whose retries take 25 s
+    local = keywords["local_files_only"] = names_folder(str(path)) or Path(path).is_dir()
     try:
         if kind is AutoTokenizer and Path(path).is_dir() and not any(
                 any(Path(path).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
@@ -155,12 +139,10 @@ def load_pretrained(kind, path, **keywords):
         model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
                                            output_loading_info=True,
                                            ignore_mismatched_sizes=True, **keywords)
-        if info["mismatched_keys"]:
-            name, there, here = sorted(info["mismatched_keys"])[0]
+        for name, there, here in sorted(info["mismatched_keys"]):
             raise ValueError(f"{name} is {list(there)}, and by config.json it is {list(here)}")
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:6])
-            raise ValueError(f"weights are missing: {missing}")
+        missing = ", ".join(sorted(info["missing_keys"])[:6])
+        expect(not missing, f"weights are missing: {missing}")
         return model
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -169,26 +151,21 @@ def load_pretrained(kind, path, **keywords):
             raise ValueError(f"{path}: cannot load it ({lines[0]}). The folder holds: {files}; "
                              "needed are config.json, model.safetensors and the tokenizer's "
                              "files") from error
-        hub = "" if keywords["local_files_only"] else f", and the hub gave: {lines[0]}"
+        hub = "" if local else f", and the hub gave: {lines[0]}"
         raise ValueError(f"{path}: no such folder{hub}. Offline, pass the path of a local folder "
                          "(made by save_pretrained or `hf download`)") from error
 
 
-def load_head(path, name):
-    """The weights of a PRM's head, which PRM.save() wrote."""
+def load_head(head, path, name):
+    """Put the weights that PRM.save() wrote into a PRM's head. ValueError: there are none, or they
+    are another model's."""
     try:
-        return load_file(cached_file(path, name))
+        head.load_state_dict(load_file(cached_file(path, name)))
     except OSError as error:
         raise ValueError(f"{path}: {name} is missing: it is not a whole PRM, save it again") \
             from error
     except SafetensorError as error:
         raise ValueError(f"{path}/{name}: not a whole safetensors file ({error})") from error
-
-
-def fill_head(head, weights, path):
-    """Put weights into a PRM's head. ValueError: they are another model's."""
-    try:
-        head.load_state_dict(weights)
     except RuntimeError as error:  # a line for each weight; the first one says enough
         why = str(error).strip().splitlines()[1].strip()
         raise ValueError(f"{path}: the head is of another model than the backbone ({why})") \

@@ -24,6 +24,7 @@ from transformers import (
 )
 
 from common.models import load_pretrained
+from common.run import expect
 
 KNOWN = """known are: a folder that train.py wrote; Qwen2ForProcessRewardModel (Qwen2.5-Math-PRM); \
 ...ForTokenClassification with one or two labels (TRL, PURE); Qwen2ForPrmModel \
@@ -151,8 +152,8 @@ def load_qwen(path, dtype):
 def load_classifier(path, dtype):
     whole = load_pretrained(AutoModelForTokenClassification, path, dtype=dtype)
     head = getattr(whole, "score", None) or whole.classifier
-    if not isinstance(head, nn.Linear) or head.out_features > 2:
-        raise ValueError(f"{path}: its head is {head}, not linear with one or two labels")
+    expect(isinstance(head, nn.Linear) and head.out_features <= 2,
+           f"{path}: its head is {head}, not linear with one or two labels")
     return whole.base_model, fold(head.weight, head.bias)
 
 
@@ -193,9 +194,8 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
     fresh: an LM that is no PRM is wanted, too, without a head. meta: shapes only, no weights.
     """
     layout = layout_of(path, config, template)
-    if not layout and not fresh:
-        raise ValueError(f"{path}: no PRM of a known layout ({config.model_type}, architectures "
-                         f"{config.architectures}); {KNOWN}")
+    expect(layout or fresh, f"{path}: no PRM of a known layout ({config.model_type}, architectures "
+           f"{config.architectures}); {KNOWN}")
     load, form = layout or (None, {"separator": getattr(config, "step_separator", "\n\n")})
     if meta:
         with torch.device("meta"):
@@ -209,12 +209,10 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
 
 def export(prm, folder):
     """Write a PRM as a Qwen2ForProcessRewardModel, which vLLM serves. load_prm reads that, too."""
-    if not hasattr(prm, "backbone"):
-        raise ValueError("--export: the weights of a PRM on a server are not here")
+    expect(hasattr(prm, "backbone"), "--export: the weights of a PRM on a server are not here")
     config = copy.deepcopy(prm.backbone.config)
-    if config.model_type != "qwen2":
-        raise ValueError(f"--export: vLLM has no class for a PRM of type {config.model_type}, only "
-                         "for one of type qwen2")
+    expect(config.model_type == "qwen2", "--export: vLLM has no class for a PRM of type "
+           f"{config.model_type}, only for one of type qwen2")
     config.prm, config.num_labels = prm.format, 2
     with torch.device("meta"):  # made without weights: they are put in place below
         whole = Qwen2ForProcessRewardModel(config)

@@ -66,11 +66,9 @@ def row_responses(row, k, files, separator):
 
 
 def need_sets(responses):
-    """ValueError if one of SETS is empty."""
-    # Before the gradients: without one of them there is no Table 2.
-    present = set().union(*(r.sets for r in responses))
-    if missing := [name for name in SETS if name not in present]:
-        raise ValueError("no responses in " + ", ".join(missing))
+    """ValueError if one of SETS is empty: there is no Table 2, and no need of gradients."""
+    missing = set(SETS).difference(*(r.sets for r in responses))
+    expect(not missing, "no responses in " + ", ".join(sorted(missing, key=SETS.index)))
 
 
 def encode(policy, responses):
@@ -79,8 +77,8 @@ def encode(policy, responses):
     for r in responses:
         prompt = list(policy.root("", r.question, r.domain).ids)  # as the policy itself is asked
         ids = prompt + policy.tokenizer(r.text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(prompt) < len(ids):
-            raise ValueError(f"no prompt, or a response without a token: {r.question[:50]!r}")
+        expect(0 < len(prompt) < len(ids),
+               f"no prompt, or a response without a token: {r.question[:50]!r}")
         cut += len(ids) > context
         # What is cut has no A, but the rest of a long response still has a pattern.
         items.append((ids[:context], len(prompt)))
