@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.utils.logging import disable_progress_bar
 
-from common.run import gather, is_first, whole_lines, write_rows
+from common.run import expect, gather, is_first, whole_lines, write_rows
 
 
 @contextmanager
@@ -41,33 +41,27 @@ def preemption():
 
 
 def check_out_folder(out, resume, overwrite, total, trained):
-    """Before any training: a ValueError, on every rank, if --out cannot be written.
+    """Before any training: a ValueError, on every rank, if --out is taken or cannot be written.
 
-    total, trained: numbers of parameters, of which the bytes on disk follow.
+    total, trained: numbers of parameters. Weights in fp32 (of the PRM and the checkpoint) and two
+    moments are on disk twice while a new file replaces an old one.
     """
-    problem = None
+    problem, needed = None, 16 * (total + trained)
     resumable = resume and (out / "log.jsonl").exists()
     if out.is_dir() and any(out.iterdir()) and not overwrite and not resumable:
-        problem = f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
+        problem = "is taken: --resume goes on with it, --overwrite starts it again"
     elif is_first():
-        problem = why_not_writable(out, 16 * (total + trained))
-    if problem := gather(problem)[0]:
-        raise ValueError(problem)
-
-
-def why_not_writable(out, needed):
-    """None, or why `needed` bytes cannot be written: fp32 weights (of the PRM and the checkpoint)
-    and two moments, each of them twice while a new file replaces an old one."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # root may write where the mode forbids it: try
-        replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
-        free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in replaced)
-    except OSError as error:
-        return f"--out {out} cannot be written: {error.strerror}"
-    if free <= needed:
-        return f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    return None
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()  # root may write where the mode forbids it: try
+            replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
+            free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in replaced)
+            if free <= needed:
+                problem = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror}"
+    problem = gather(problem)[0]
+    expect(not problem, f"--out {out} {problem}")
 
 
 def shard(prm, device, bf16):
@@ -126,13 +120,6 @@ def save_checkpoint(out, model, optimizer, progress):
             shutil.rmtree(old)
 
 
-def load_checkpoint(folder, model, optimizer):
-    weights, moments = states.get_state_dict(model, optimizer)  # dcp fills these in place
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-             no_dist=not dist.is_initialized())
-    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
-
-
 def read_log(out):
     """The rows of OUT/log.jsonl, without a line that a kill has cut off; [] if there is no file."""
     file = out / "log.jsonl"
@@ -156,9 +143,12 @@ def begin(out, resume, settings, model, optimizer):
         progress |= json.loads((checkpoint / "progress.json").read_text())
         changed = [f"--{name.replace('_', '-')} was {value}, is {settings.get(name)}"
                    for name, value in progress["settings"].items() if settings.get(name) != value]
-        if changed:
-            raise ValueError(f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
-        load_checkpoint(checkpoint, model, optimizer)
+        expect(not changed, f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
+        weights, moments = states.get_state_dict(model, optimizer)  # dcp fills these in place
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint,
+                 no_dist=not dist.is_initialized())
+        states.set_state_dict(model, optimizer, model_state_dict=weights,
+                              optim_state_dict=moments)
     progress["totals"] = Counter(progress["totals"])
     gather("every rank has read before rank 0 removes files")
     if is_first():

@@ -86,10 +86,8 @@ def hub_rows(name, *where, **keywords):
 
 def first_wrong(labels):
     """Index of the first step that is labelled wrong, -1 if none is (as in ProcessBench)."""
-    for t, y in enumerate(labels):
-        if y is not None and y < 0.5:  # None: nobody has labelled this step
-            return t
-    return -1
+    # None: nobody has labelled this step
+    return next((t for t, y in enumerate(labels) if y is not None and y < 0.5), -1)
 
 
 def from_prm800k(row, neutral="good"):
@@ -100,30 +98,25 @@ def from_prm800k(row, neutral="good"):
     before it without labels, so that each rating is used once.
     Ratings: 1 good, -1 bad, null none, 0 neutral (`neutral`: "good", "bad", or "drop": no label).
     """
-    neutral_label = {"good": 1.0, "bad": 0.0, "drop": None}[neutral]
-    label_of = {1: 1.0, -1: 0.0, 0: neutral_label, None: None}
+    label_of = {1: 1.0, -1: 0.0, 0: {"good": 1.0, "bad": 0.0, "drop": None}[neutral], None: None}
     if row["label"]["finish_reason"] == "bad_problem":
         return []
-    path, labels = [], []
-    alternatives = []
+    path, labels, alternatives = [], [], []
     for step in row["label"]["steps"]:
         chosen = step["chosen_completion"]
-        ratings = [label_of[c["rating"]] for c in step["completions"] or []]
-        texts = [c["text"] for c in step["completions"] or []]
-        for i, (text, y) in enumerate(zip(texts, ratings)):
+        rated = [(c["text"], label_of[c["rating"]]) for c in step["completions"] or []]
+        for i, (text, y) in enumerate(rated):
             if i != chosen and y is not None:
                 alternatives.append(([*path, text], [None] * len(path) + [y]))
-        if chosen is not None:
-            path, labels = [*path, texts[chosen]], [*labels, ratings[chosen]]
-        elif step["human_completion"]:
-            path, labels = [*path, step["human_completion"]["text"]], [*labels, None]
-        else:
+        if chosen is None and not step["human_completion"]:
             break  # found_error, give_up: nothing was chosen, the record ends
+        text, y = (step["human_completion"]["text"], None) if chosen is None else rated[chosen]
+        path, labels = [*path, text], [*labels, y]
     rows = [(path, labels), *alternatives] if path else alternatives
-    question = {"prompt": row["question"]["problem"]}
-    answer = row["question"].get("ground_truth_answer")
-    gold = {"answer": answer} if answer else {}
-    return [{**question, "completions": steps, "labels": ys, **gold} for steps, ys in rows]
+    fields = {"prompt": row["question"]["problem"]}
+    if answer := row["question"].get("ground_truth_answer"):
+        fields["answer"] = answer
+    return [{**fields, "completions": steps, "labels": ys} for steps, ys in rows]
 
 
 def from_math_shepherd(row, neutral=None):

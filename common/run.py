@@ -54,7 +54,7 @@ def distributed(device=None):
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         # nccl's shutdown waits for the other ranks, which may wait for one that fails
         sys.excepthook = lambda *error, show=sys.excepthook: (show(*error), leave(1))
-    return (dist.get_rank() if dist.is_initialized() else 0), world, device
+    return rank_and_world()[0], world, device
 
 
 def leave(code):
@@ -217,7 +217,6 @@ class CommandLine(argparse.ArgumentParser):
 
     def __enter__(self):
         early.flags_are_fine()
-        return self
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, (ValueError, OSError, ImportError, SafetensorError)):

@@ -23,7 +23,7 @@ from common.data import first_wrong, read_rows
 from common.loaders import own_row
 from common.metrics import interval
 from common.policy import load_policy
-from common.run import TINY, command_line, need_folder, write_rows
+from common.run import TINY, command_line, located, need_folder, write_rows
 from common.solutions import Solution, hard_labels
 from tiny import world
 
@@ -157,11 +157,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     need_folder(parser, args, "json")
     with parser:
-        try:
+        with located(f"{args.votes}: not votes on the tiny world's problems"):
             records = read_votes(args.votes)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{args.votes}: not votes on the tiny world's problems ({error})") \
-                from error
         policy = load_policy(args.policy, seed=args.seed) if args.searches else None
     out = {}
     for domain in sorted({r["domain"] for r in records}, reverse=True):  # math, code
