@@ -57,16 +57,22 @@ def read_rows(file):
             raise ValueError(f"{file}:{number + 1}: {error}") from error
 
 
+def solutions_of(row):
+    """(question, samples) of a sample row, or of a stepwise row, as one sample with steps alone."""
+    if "samples" in row:
+        return row["question"], row["samples"]
+    return row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
+
+
 def read_solutions(file):
     """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
     for number, row in read_rows(file):
         with located(f"{file}:{number}: neither a sample row nor a stepwise row"):
-            solutions = [(row.get("prompt"), row["completions"])] if "completions" in row else [
-                (row["question"], sample["steps"]) for sample in row["samples"]]
-            for question, steps in solutions:
-                expect(isinstance(steps, list), "the steps are no list")
-                "".join([question, *steps])  # a TypeError if these are no texts
-                yield question, steps
+            question, samples = solutions_of(row)
+            for sample in samples:
+                expect(isinstance(sample["steps"], list), "the steps are no list")
+                "".join([question, *sample["steps"]])  # a TypeError if these are no texts
+                yield question, sample["steps"]
 
 
 def hub_rows(name, *where, **keywords):

@@ -4,6 +4,7 @@ Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled step
 """
 import random
 from collections import namedtuple
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -76,9 +77,8 @@ def get_batch(examples, numbers, device, multiple=1):
         ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % multiple))
     counts = torch.tensor([len(example.labels) for example in chosen])
     rows_M = torch.arange(len(chosen)).repeat_interleave(counts)
-    positions_M = torch.cat([example.positions for example in chosen])
-    labels_M = torch.cat([example.labels for example in chosen])
-    steps_M = torch.cat([example.steps for example in chosen])
+    positions_M, labels_M, steps_M = (torch.cat([getattr(example, name) for example in chosen])
+                                      for name in ("positions", "labels", "steps"))
     tensors = (ids_BT, rows_M, positions_M, labels_M, steps_M)
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
@@ -101,13 +101,9 @@ def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
             parts = hidden_Mh.split([len(examples[i].labels) for i in numbers])
             states.update((i, part.clone()) for i, part in zip(numbers, parts))
             progress.update(len(numbers) * world)
-    for part in gather(states):
-        states.update(part)
-    kept = []
-    for i, example in enumerate(examples):
-        places = torch.arange(len(example.labels))
-        kept.append(example._replace(ids=states[i], positions=places))
-    return kept
+    states = dict(chain.from_iterable(part.items() for part in gather(states)))
+    return [example._replace(ids=states[i], positions=torch.arange(len(example.labels)))
+            for i, example in enumerate(examples)]
 
 
 def padded_tokens(lengths, multiple=1):
@@ -117,10 +113,7 @@ def padded_tokens(lengths, multiple=1):
 
 def label_text(tokenizer, example):
     """What is trained on, for the eye: each token's text, behind a labelled one <label>."""
-    labels = dict(zip(example.positions.tolist(), example.labels.tolist()))
-    words = []
-    for i, token in enumerate(example.ids.tolist()):
-        words.append(repr(tokenizer.decode([token]))[1:-1])
-        if i in labels:
-            words.append(f"<{labels[i]:g}>\n")
+    words = [repr(tokenizer.decode([token]))[1:-1] for token in example.ids.tolist()]
+    for position, y in zip(example.positions.tolist(), example.labels.tolist()):
+        words[position] += f" <{y:g}>\n"
     return " ".join(words)

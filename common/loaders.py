@@ -171,8 +171,7 @@ def _bigcodebench(row, n):
 def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0,
              wrapped=False, **meta):
     """The shared end of the contest loaders: stdin tests, or calls if a function is named."""
-    if len(inputs) != len(outputs):
-        raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
+    expect(len(inputs) == len(outputs), f"{len(inputs)} inputs but {len(outputs)} outputs")
     if entry:
         tests = {"kind": "call", "entry": entry, "wrapped": wrapped}
         shown = shown or inputs[:2]

@@ -1,10 +1,5 @@
 """What of a model family the tree cache and the sampler rely on: right, or refused at loading.
 
-    load_pretrained(...)     a model, config or tokenizer from a folder or the hub
-    check(model, path)       the cache computes what the model does, or a ValueError
-    own_logits(lm, hidden)   what the family does behind its LM head included
-    bos(tokenizer)           what the tokenizer puts before a text
-
 docs/models.md lists families, exact or refused (python benchmarks/families.py).
 """
 import sys

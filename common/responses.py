@@ -4,7 +4,7 @@ import json
 from collections import namedtuple
 from pathlib import Path
 
-from common.data import read_rows
+from common.data import read_rows, solutions_of
 from common.run import expect, located
 
 DOMAINS = ["math", "code"]
@@ -14,15 +14,9 @@ Response = namedtuple("Response", "domain question text sets")  # sets: names of
 
 def sets_of(domain, selected, correct):
     """The sets of a response: sets_of("math", True, None) -> {"Math", "Math_PRM"}.
-
-    correct: True or False also puts it into "correct only" or "wrong only", None (nobody judged it)
-    into neither."""
-    names = {domain.title()}
-    if selected:
-        names.add(f"{domain.title()}_PRM")
-    if correct is not None:
-        names.add("correct only" if correct else "wrong only")
-    return names
+    correct, unless it is None (nobody judged it): "correct only" or "wrong only", too."""
+    names = {domain.title(), f"{domain.title()}_PRM"} if selected else {domain.title()}
+    return names if correct is None else names | {"correct only" if correct else "wrong only"}
 
 
 def read_sets(files, limit, separator):
@@ -46,10 +40,7 @@ def read_sets(files, limit, separator):
 
 def row_responses(row, k, files, separator):
     """The responses of one row of the k-th of `files` files."""
-    if "samples" in row:  # a sample row
-        question, samples = row["question"], row["samples"]
-    else:
-        question, samples = row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
+    question, samples = solutions_of(row)
     domain = row["domain"] if files == 1 else DOMAINS[k * 2 // files]
     expect(domain in DOMAINS, f"domain: math or code is expected, not {domain!r}")
     expect(isinstance(question, str), f"the question must be a text, not {question!r:.50}")

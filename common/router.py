@@ -4,7 +4,7 @@
     python search.py --strategy auto --tokens 1000      # looks up
 
 A route is a dict of flags of search.py, with the mean tokens "generated" a problem and the
-"accuracy" that were measured with them. router.json lists the routes that no cheaper one reaches.
+"accuracy" that were measured with them.
 """
 import json
 import math

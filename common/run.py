@@ -41,8 +41,8 @@ def distributed(device=None):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     on_gpu = device.startswith("cuda")
-    if device != "cpu" and not (on_gpu and torch.cuda.is_available()):
-        raise ValueError(f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
+    expect(device == "cpu" or on_gpu and torch.cuda.is_available(),
+           f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
     if on_gpu:
         torch.cuda.set_device(device)
     # torchrun with one process makes a group, too: DDP and --fsdp can be tried on one GPU
@@ -102,9 +102,9 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     """
     names = names or (lambda item: [item["id"] if isinstance(item, dict) else item.id])
     ids = list(chain.from_iterable(names(item) for item in items))
-    repeated = [name for name, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{len(repeated)} ids occur more than once, {repeated[0]!r} among them")
+    repeated = [repr(name) for name, count in Counter(ids).items() if count > 1]
+    expect(not repeated, f"{len(repeated)} ids occur more than once, {''.join(repeated[:1])} among "
+           "them")
     rank, world = rank_and_world()
     finished = {} if out is None else collect(Path(out), resume, rank)
     # an item with several rows is made again unless all of its rows are there

@@ -1,8 +1,7 @@
-"""Sample rows: anybody's are read, checked and judged; ours are made once, in files.
+"""Sample rows (format: common/data.py): anybody's are read, checked and judged; ours are made once.
 
-The format is in common/data.py. A file is named by what it holds, as in best_of_n-16-tiny-A.jsonl;
-the settings that its rows depend on stand beside it (.flags), and rows of other settings are
-refused, not mixed.
+A file is named by what it holds, as in best_of_n-16-tiny-A.jsonl; the settings that its rows depend
+on stand beside it (.flags), and rows of other settings are refused, not mixed.
 """
 import argparse
 import hashlib

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
+from common.run import expect
 from common.thinking import END, split_thought, thought_of
 
 
@@ -100,8 +101,7 @@ class ServerPolicy:
         # the seed is the first sample's key, so that a rerun draws the same
         reply = answered(self.client, lambda: self.client.completions.create(
             model=self.served, n=n, seed=key % (1 << 31), logprobs=0, **self.sampling, **request))
-        if not reply.choices:
-            raise ValueError(f"{self.url} sent no choices")
+        expect(reply.choices, f"{self.url} sent no choices")
         for choice in reply.choices:
             choice.logps = self._logps(choice, reply)
         return reply.choices
@@ -110,9 +110,8 @@ class ServerPolicy:
         """Without logprobs (`transformers serve`) a lone choice still has its number of tokens."""
         values = choice.logprobs.token_logprobs if choice.logprobs else None
         if values is None:
-            if len(reply.choices) > 1 or not reply.usage:
-                raise ValueError(f"{self.url} sent no logprobs, so tokens cannot be counted: start "
-                                 "it with them on")
+            expect(len(reply.choices) == 1 and reply.usage, f"{self.url} sent no logprobs, so "
+                   "tokens cannot be counted: start it with them on")
             return [float("nan")] * reply.usage.completion_tokens
         return [value or 0.0 for value in values]
 

@@ -1,10 +1,4 @@
-"""Plumbing of annotate.py: where solutions come from, and what becomes of them.
-
-Solution       one solution, from its problem to its labels
-collect()      the solutions to label: those of --data, or empty ones that will be sampled
-judge_votes()  an LLM that reads solutions as an annotator
-report()       writes the labelled solutions, prints a summary, writes all figures to --json
-"""
+"""Plumbing of annotate.py: where solutions come from, and what becomes of them."""
 import itertools
 import json
 import re
@@ -17,7 +11,7 @@ from pathlib import Path
 from common import tasks
 from common.data import first_wrong, plain, read_set
 from common.loaders import gold_answer
-from common.run import write_rows
+from common.run import expect, write_rows
 
 
 @dataclass(eq=False)
@@ -98,8 +92,8 @@ def given_solutions(files, problems, limit=None, neutral="good"):
     for file in files:
         for where, row in itertools.islice(read_set(file, neutral), limit):
             domain = row.get("domain") or "math"
-            if domain not in ("math", "code") or not isinstance(row.get("id", ""), (str, int)):
-                raise ValueError(f"{where}: domain: math or code is expected, id: a text")
+            expect(domain in ("math", "code") and isinstance(row.get("id", ""), (str, int)),
+                   f"{where}: domain: math or code is expected, id: a text")
             question = plain(row["prompt"])
             if question not in known:
                 known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], domain)
@@ -113,8 +107,7 @@ def given_solutions(files, problems, limit=None, neutral="good"):
             groups.setdefault(question, []).append(
                 Solution(problem, name, row.get("source") or file, row["completions"],
                          given=True, label=first_wrong(row["labels"])))
-    if not groups:
-        raise ValueError(f"{' '.join(files)}: no rows")
+    expect(groups, f"{' '.join(files)}: no rows")
     return list(groups.values())
 
 

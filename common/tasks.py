@@ -41,13 +41,12 @@ def judge_many(items, workers=None, progress=False):
     reasons = iter(judge.judge_many(programs, workers, progress))
     verdicts = []
     for problem, _ in items:
-        answer = None
         if problem.domain == "code":
-            why = next(reasons)
+            answer, why = None, next(reasons)
         else:
             (gold, answer), right = next(equal)
-            missing = "no answer" if answer is None else "no gold answer"
-            wrong = missing if None in (gold, answer) else "wrong answer"
+            known = "wrong answer" if gold is not None else "no gold answer"
+            wrong = known if answer is not None else "no answer"
             why = "ok" if right else wrong
         verdicts.append(Verdict(why == "ok", answer, why))
     return verdicts
@@ -92,8 +91,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
     """
     if ":" in task:
         task, _, split = task.partition(":")
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    expect(task in TASKS, f"unknown task {task!r}; there are {', '.join(TASKS)}")
     first, last = "", ""  # contest dates
     if task == "livecodebench" and ":" in (split or ""):
         first, _, last = split.partition(":")
@@ -110,8 +108,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
             continue  # its rows are solutions, many to a problem
         problems.append(problem)
         questions.add(problem.question)
-    if not problems:
-        raise ValueError(f"{data or name}: no problems")
+    expect(problems, f"{data or name}: no problems")
     return drawn(problems, limit, seed)
 
 
@@ -138,8 +135,8 @@ def task_rows(task, data, split, limit, seed):
         return hub_rows(name, kind, data_files=path, split="train")
     from tiny import world  # a floor above this one
 
-    if split not in world.STEPS:
-        raise ValueError(f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
+    expect(split in world.STEPS,
+           f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
     n = 100 if limit is None else limit
     rows = world.problems(task.removeprefix("tiny-"), split=split, n=n, seed=seed)
     return ((f"{task}:{n}", row) for n, row in enumerate(rows, 1))

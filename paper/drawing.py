@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 
 from common.metrics import over_runs
+from common.run import expect
 
 COLOURS = {"majority": "#b86e00", "single": "#6b6b6b", "best-of-N": "#0063a8", "beam": "#007a5a",
            "MCTS": "#b8321a", "pass": "#3a96d0", "ASLAF": "#7b3294", "consensus": "#7b3294",
@@ -38,8 +39,7 @@ def exact(series, x, value, **more):  # a point without an interval
 
 def write_table(name, points, out, x_label, _, y_label):
     """The points as OUT/NAME.jsonl, and as a Markdown table in OUT/NAME.md, which is returned."""
-    if not points:
-        raise ValueError(f"{name}: there is nothing to draw")
+    expect(points, f"{name}: there is nothing to draw")
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
     more = dict.fromkeys(chain.from_iterable(points))  # further columns, in order
