@@ -209,9 +209,8 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     config = load_pretrained(AutoConfig, path)
     form = getattr(config, "prm", None) or {}
     meta = str(device) == "meta"
-    ours = form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]
-    if ours:
-        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), None
+    if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
+        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), HEAD_FILE
     else:
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
                                                 keywords.get("template"), meta)
@@ -222,10 +221,8 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     torch.manual_seed(seed)  # an untrained head must be the same on every rank
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
               **{"base_model": path} | form | keywords)
-    if ours:
-        load_head(prm.head, path, HEAD_FILE)
-    elif head:
-        prm.head.load_state_dict(head)
+    if head:
+        load_head(prm.head, path, head)
     return prm.eval()
 
 

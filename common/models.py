@@ -151,11 +151,14 @@ def load_pretrained(kind, path, **keywords):
                          "(made by save_pretrained or `hf download`)") from error
 
 
-def load_head(head, path, name):
-    """Put the weights that PRM.save() wrote into a PRM's head. ValueError: there are none, or they
-    are another model's."""
+def load_head(head, path, weights):
+    """Fill a PRM's head with weights (a state dict), or with those of a file that PRM.save() wrote.
+    ValueError: there is no such file, or it is another model's."""
+    name = weights
     try:
-        head.load_state_dict(load_file(cached_file(path, name)))
+        if isinstance(weights, str):
+            weights = load_file(cached_file(path, name))
+        head.load_state_dict(weights)
     except OSError as error:
         raise ValueError(f"{path}: {name} is missing: it is not a whole PRM, save it again") \
             from error

@@ -10,8 +10,7 @@
 3. Strategies, paired problem by problem: best-of-16 against majority@16 (the same samples); beam
    and MCTS against best-of-N that gets, for each problem, as many tokens as the search took.
 
-Flags and files are those of evaluate.py. ± is half a 95 % interval over problems; z is paired over
-problems, in standard errors.
+Flags are those of evaluate.py. ± is half a 95 % interval over problems, z is in standard errors.
 """
 import itertools
 import json
