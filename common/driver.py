@@ -6,9 +6,9 @@ A strategy of search.py is a generator for one problem:
     request = plan.send(None)       # Request: "sample n next steps below each of these nodes"
     request = plan.send(groups)     # the answer: for each node its new nodes, scored by the PRM
 
-The driver collects the pending requests of all problems, samples for all of them in one call of
-the policy, scores in one pass of the PRM, and hands each generator its own nodes. So a strategy can
-be read one problem at a time, as in the paper, and a GPU still sees full batches.
+The driver samples for the pending requests of all problems in one call of the policy and scores in
+one pass of the PRM. So a strategy can be read one problem at a time, as in the paper, and a GPU
+still sees full batches.
 """
 import math
 import sys

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from common import tasks
 from common.data import first_wrong, read_rows, read_set
-from common.run import expect, gather, journaled, located
+from common.run import expect, journaled, located
 
 PROCESSBENCH = ("gsm8k", "math", "olympiadbench", "omnimath")
 
@@ -47,8 +47,8 @@ def score_first_errors(bench, args):
             scores = bench.prm(args.prm[0]).score(questions, solutions)
             return [{"id": i, "scores": p} for i, p in zip(numbers, scores)]
         if given is None:
-            rows = gather(journaled(None, range(len(items)), score, names=lambda i: [i],
-                                    chunk=args.concurrent, desc=f"first errors of {name}"))[0]
+            rows = journaled(None, range(len(items)), score, names=lambda i: [i],
+                             chunk=args.concurrent, desc=f"first errors of {name}")
             scores = [row["scores"] for row in rows]
         else:
             scores = [of_steps(given, row, steps) for _, steps, _, row in items]

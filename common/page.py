@@ -5,8 +5,7 @@
     python -m common.page tree.html#2-all tree.svg          # its third tree, unfolded, as a picture
 The README's is of `search.py --strategy beam --task tiny-math --seed 1 --limit 15`, #14-all.
 
-The page is page.html with the trees as JSON in it. The picture is what headless Chromium makes of
-the page, so a talk, a README and the page show the same drawing.
+The page is page.html with the trees as JSON in it; headless Chromium makes the picture of it.
 """
 import json
 import re

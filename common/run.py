@@ -93,7 +93,7 @@ def bar(total, desc, **keywords):
 
 
 def journaled(out, items, make, names=None, chunk=100, resume=False, desc="problems"):
-    """make(list of items) -> their rows, for all items on all ranks. Rank 0 returns all rows.
+    """make(list of items) -> their rows, for all items on all ranks; every rank returns all rows.
 
     Each item has an id, or `names` gives the ids of its rows. The rows are returned, and written to
     the JSONL file `out` (None: no file), in the order of the items, whatever the number of ranks.
@@ -119,13 +119,12 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
                     file.write(jsonl(new))  # a kill cuts the last line at most
             progress.update(len(batch))
     finished |= {row["id"]: row for row in chain.from_iterable(gather(rows))}
-    if rank > 0:
-        return []
     rows = [finished.pop(name) for name in ids if name in finished]
-    if out is not None:
+    if out is not None and rank == 0:
         write_rows(out, [*rows, *finished.values()])  # rows of other items stay, at the end
         for part in beside(Path(out), ".part*"):
             part.unlink()
+    gather("rank 0 has written before any rank goes on")
     return rows
 
 

@@ -261,8 +261,7 @@ class Bench:
         settings = {**{flag: getattr(args, flag) for flag in self.SAMPLING}, **settings,
                     "data": args.data and written(args.data)}
         run.same_flags(self.parser, argparse.Namespace(**settings, out=str(file), resume=resume))
-        rows = run.journaled(file, items, make, names, args.concurrent, resume, name)
-        return run.gather(rows)[0]
+        return run.journaled(file, items, make, names, args.concurrent, resume, name)
 
     def run(self, strategy, policy, prm=None, budgets=None, **options):
         """Rows of a strategy; best_of_n without a PRM samples a pool for many PRMs to score.

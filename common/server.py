@@ -4,8 +4,7 @@
     python search.py --strategy beam --policy http://localhost:8000/v1 \\
         --policy-model Qwen/Qwen2.5-7B-Instruct --prm runs/prm --task gsm8k
 
-The server keeps a prefix cache of its own, and what that spares cannot be seen from here:
-`prefilled` stays 0. Retries, timeouts and OPENAI_API_KEY are the openai client's business.
+The server's own prefix cache cannot be seen from here: `prefilled` stays 0.
 """
 import json
 import os
