@@ -11,6 +11,7 @@ p = softmax(z)_1 = sigmoid(z_1 - z_0), and a linear u passes a ReLU as u = relu(
 """
 import copy
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -35,10 +36,12 @@ score. An untrained head on any LM is made by train.py, or shown by prm_model.py
 # ------------------------------------------------------------ their texts, as token ids
 
 class TRL:
-    """TRL's and PURE's tokens: [BOS] question, then each step and the separator, each by itself."""
+    """TRL's and PURE's tokens: [BOS] question, then each step and the separator, each by itself.
+    Skywork tokenises the question together with its line end."""
 
-    def __init__(self, tokenizer, separator):
+    def __init__(self, tokenizer, separator, question_end=""):
         self.tokenizer = tokenizer
+        self.question_end = question_end
         self.separator_ids = self.ids(separator)
         # TRL 1.13 puts a BOS before the question if there is one, even if the tokenizer adds none.
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -47,17 +50,10 @@ class TRL:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, question):
-        return self.bos + self.ids(question)
+        return self.bos + self.ids(question + self.question_end)
 
     def step(self, step, first):
         return self.ids(step) + self.separator_ids
-
-
-class Skywork(TRL):
-    """As TRL, with the question's line end tokenised together with the question."""
-
-    def prompt(self, question):
-        return self.bos + self.ids(question + "\n")
 
 
 class MathShepherd(TRL):
@@ -95,7 +91,8 @@ class RLHFlow(TRL):
         return self.ids((" " if first else self.later) + step.strip()) + self.separator_ids
 
 
-TEXTS = {"trl": TRL, "skywork": Skywork, "math-shepherd": MathShepherd, "rlhflow": RLHFlow}
+TEXTS = {"trl": TRL, "skywork": partial(TRL, question_end="\n"), "math-shepherd": MathShepherd,
+         "rlhflow": RLHFlow}
 
 # What the card of Qwen/Qwen2.5-Math-PRM-7B asks for: this prompt, and <extra_0> after each step.
 QWEN = {"separator": "<extra_0>", "template": "chat",

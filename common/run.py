@@ -260,6 +260,13 @@ def pattern(text):
     return text
 
 
+def new_file(text):
+    """A type of flag: a file to be written, whose folder must be there before any work."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return text
+
+
 def need_positive(parser, args, *names):
     """Exit with one line if one of these flags is given and is 0, negative, nan or inf."""
     for name in names:
@@ -268,14 +275,6 @@ def need_positive(parser, args, *names):
             continue  # not given; a default may be inf: no limit
         if not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
-
-
-def need_folder(parser, args, *names):
-    """Exit with one line, before any work, if the folder of a file to be written is missing."""
-    for name in names:
-        file = getattr(args, name, None)
-        if file and not Path(file).absolute().parent.is_dir():
-            parser.error(f"--{name} {file}: no such folder")
 
 
 def add_run_flags(parser, limit=None, summary=True):
@@ -291,13 +290,12 @@ def add_run_flags(parser, limit=None, summary=True):
     a("--resume", action="store_true", help="go on with --out")
     if summary:
         a("--overwrite", action="store_true", help="replace --out")
-        a("--json", help="write the summary here, too")
+        a("--json", type=new_file, help="write the summary here, too")
 
 
 def check_run_flags(parser, args, *positive):
     """Exit with one line if a flag named in `positive` is not positive, or --out is taken."""
     need_positive(parser, args, "limit", *positive)
-    need_folder(parser, args, "json")
     if args.out and not (args.resume or getattr(args, "overwrite", False)):
         for file in begun(Path(args.out)):
             other = "--overwrite" if hasattr(args, "overwrite") else "another --out"

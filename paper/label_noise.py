@@ -24,7 +24,7 @@ from common.loaders import own_row
 from common.metrics import interval
 from common.policy import load_policy
 from common.results import by_domain
-from common.run import TINY, command_line, located, need_folder, write_rows
+from common.run import TINY, command_line, located, new_file, write_rows
 from common.solutions import Solution, hard_labels
 from tiny import world
 
@@ -154,9 +154,8 @@ def main(argv=None):
     a("--k", type=int, default=8, help="rollouts a prefix")
     a("--limit", type=int, help="solutions of each domain")
     a("--seed", type=int, default=0, help="of the rollouts, and of --write")
-    a("--json", help="write the figures here")
+    a("--json", type=new_file, help="write the figures here")
     args = parser.parse_args(argv)
-    need_folder(parser, args, "json")
     with parser:
         with located(f"{args.votes}: not votes on the tiny world's problems"):
             records = read_votes(args.votes)
