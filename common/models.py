@@ -2,10 +2,14 @@
 
 docs/models.md lists families, exact or refused (python benchmarks/families.py).
 """
+import socket
 import sys
 from pathlib import Path
+from urllib.parse import urlparse
+from urllib.request import getproxies
 
 import torch
+from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoTokenizer
@@ -117,14 +121,26 @@ def names_folder(path):
     return path.startswith(("/", ".", "~")) or path.count("/") > 1 or in_folder
 
 
+def is_local(path):
+    """Is asking the hub pointless? Then a wrong name fails at once, not after 25 s of retries."""
+    if names_folder(str(path)) or Path(path).is_dir():
+        return True
+    if getproxies():  # a proxy resolves the hub's name for us
+        return False
+    try:
+        socket.getaddrinfo(urlparse(ENDPOINT).hostname, 443)
+    except OSError:
+        return True  # no network: what was downloaded before still loads
+    return False
+
+
 def load_pretrained(kind, path, **keywords):
     """AutoX.from_pretrained with one-line errors, also for missing weights, which transformers
     would make up. It never runs code from the hub, and never unpickles."""
     set_verbosity_error()  # what its warnings would say of the weights is in our own errors
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers: a line of noise for each model in a log
-    # a folder that is missing is no question to the hub, whose retries take 25 s
-    local = keywords["local_files_only"] = names_folder(str(path)) or Path(path).is_dir()
+    local = keywords["local_files_only"] = is_local(path)
     try:
         if kind is AutoTokenizer and Path(path).is_dir() and not any(
                 any(Path(path).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
