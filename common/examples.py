@@ -77,8 +77,9 @@ def get_batch(examples, numbers, device, multiple=1):
         ids_BT = F.pad(ids_BT, (0, -ids_BT.shape[1] % multiple))
     counts = torch.tensor([len(example.labels) for example in chosen])
     rows_M = torch.arange(len(chosen)).repeat_interleave(counts)
-    positions_M, labels_M, steps_M = (torch.cat([getattr(example, name) for example in chosen])
-                                      for name in ("positions", "labels", "steps"))
+    positions_M = torch.cat([example.positions for example in chosen])
+    labels_M = torch.cat([example.labels for example in chosen])
+    steps_M = torch.cat([example.steps for example in chosen])
     tensors = (ids_BT, rows_M, positions_M, labels_M, steps_M)
     return tuple(tensor.to(device, non_blocking=True) for tensor in tensors)
 
