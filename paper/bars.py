@@ -153,12 +153,13 @@ def main(argv=None):
                        for row in searches[strategy]}
             plain[strategy] = bench.run("best_of_n", *models, budgets=budgets)
 
-    def of(runs):
+    def of(runs, domain):
         return {name: search.by_domain(rows)[domain] for name, rows in runs.items()}
     figures = {}
     for domain, rows in search.by_domain(pool).items() if bench.rank == 0 else ():
         print(f"\n{domain}: ", end="")
-        figures[domain] = policy_and_prm(rows, raw) | measure(of(searches), of(plain))
+        figures[domain] = policy_and_prm(rows, raw) | measure(of(searches, domain),
+                                                              of(plain, domain))
     if args.json and bench.rank == 0:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n")
 
