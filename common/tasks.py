@@ -12,7 +12,7 @@ open.
 """
 import random
 from dataclasses import dataclass
-from itertools import chain, combinations
+from itertools import chain, repeat, zip_longest
 
 from common import judge
 from common.answers import equivalent_many, extract_answer
@@ -67,13 +67,15 @@ def vote_keys(items):
         if problem.domain == "math" and keys[i] is not None:
             keys[i] = normalise(keys[i])
             forms.setdefault((problem.id, problem.question), {})[keys[i]] = None
-    pairs = list(chain.from_iterable(combinations(group, 2) for group in forms.values()))
-    equal = dict(zip(pairs, equivalent_many(pairs)))
-    for group in forms.values():
-        firsts = []
-        for form in group:
-            group[form] = next((first for first in firsts if equal[first, form]), form)
-            firsts += [form] * (group[form] == form)
+    # round by round, the n-th answer to each problem meets the keys before it: not all pairs
+    for answers in zip_longest(*map(list, forms.values())):
+        rounds = [pair for pair in zip(forms.values(), answers) if pair[1] is not None]
+        earlier = [list(dict.fromkeys(group.values())) for group, _ in rounds]
+        pairs = [zip(keys, repeat(answer)) for keys, (_, answer) in zip(earlier, rounds)]
+        equal = iter(equivalent_many(list(chain.from_iterable(pairs))))
+        for (group, answer), candidates in zip(rounds, earlier):
+            verdicts = dict(zip(candidates, equal))
+            group[answer] = next((key for key, same in verdicts.items() if same), answer)
     # a program's hash is its own key
     return [forms.get((p.id, p.question), {}).get(key, key) for (p, _), key in zip(items, keys)]
 
