@@ -222,8 +222,8 @@ def run_searches(bench, args, pool):
     return out
 
 
-def parse(argv):
-    parser = command_line(__doc__)
+def parse(argv, doc=__doc__):
+    parser = command_line(doc)
     a = parser.add_argument
     a("--samples", metavar="FILE", help="rows to evaluate instead of sampling; --task: their tests")
     a("--score", action="store_true", help="score --samples with --prm, whatever scores they have")
@@ -236,7 +236,7 @@ def parse(argv):
       help="beam and mcts are run; the others come from the same samples")
     add_run_flags(parser)
     args, rest = parser.parse_known_args(argv)
-    others = command_line(__doc__)  # the rest says how to sample and to search, as for search.py
+    others = command_line(doc)  # the rest says how to sample and to search, as for search.py
     search.add_search_flags(others, n="+")
     add_policy_flags(others, str(TINY / "A"))
     args, args.ns = others.parse_args(rest, args), None

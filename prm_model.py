@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
-from common.models import bos, check, dtype_of, fill_head, load_head, load_pretrained, must_fit
+from common.models import bos, check, dtype_of, load_head, load_pretrained, must_fit
 from common.page import Page, solution_tree
 from common.prm_server import ServerPRM
 from common.published import TEXTS, export, load_published
@@ -208,7 +208,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     form = getattr(config, "prm", None) or {}
     meta = str(device) == "meta"
     if form and not meta and config.architectures != ["Qwen2ForProcessRewardModel"]:
-        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), load_head(path, HEAD_FILE)
+        backbone, head = load_pretrained(AutoModel, path, dtype=dtype), HEAD_FILE
     else:
         backbone, head, theirs = load_published(path, config, dtype, fresh or bool(form),
                                                 keywords.get("template"), meta)
@@ -220,7 +220,7 @@ def load_prm(path, device="cpu", dtype=None, seed=0, fresh=False, **keywords):
     prm = PRM(backbone, load_pretrained(AutoTokenizer, path), name=f"prm:{path}",
               **{"base_model": path} | form | keywords)
     if head:
-        fill_head(prm.head, head, path)
+        load_head(prm.head, path, head)
     return prm.eval()
 
 

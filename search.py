@@ -336,7 +336,7 @@ def main(argv=None):
         if args.question or args.no_baseline:
             pools = []
         elif args.strategy not in ("best_of_n", "majority"):  # the same tokens without search
-            spent = run.gather({row["id"]: row["cost"]["policy_generated"] for row in rows})[0]
+            spent = {row["id"]: row["cost"]["policy_generated"] for row in rows}
             pools = run.journaled(args.out and f"{args.out}.baseline", problems, baseline_chunk,
                                   chunk=args.concurrent, resume=args.resume, desc="baseline")
     for row, pool in zip(rows, pools):

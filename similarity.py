@@ -213,14 +213,13 @@ def main(argv=None):
     a("--seed", type=int, default=0)
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on cuda, else float32")
-    a("--json", help="write the summary here, too")
+    a("--json", type=run.new_file, help="write the summary here, too")
     args = parser.parse_args(argv)
     if args.sets and (not args.model or len(args.sets) not in (1, 2, 4)):
         parser.error("--sets takes 1, 2 or 4 files, and needs --model")
     if "://" in args.policy:  # A needs gradients
         parser.error("a server has no gradients: sample with search.py --out, then pass --sets")
     run.need_positive(parser, args, "n", "limit", "max_solution_tokens", "max_batch_tokens")
-    run.need_folder(parser, args, "json")  # before the work, not after it
     with parser:
         rank, world, device = run.distributed(args.device)
         policy = load_policy(args.model or args.policy, device, args.dtype)

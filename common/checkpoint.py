@@ -26,11 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers.utils.logging import disable_progress_bar
 
-from common.run import gather, whole_lines, write_rows
-
-
-def is_master():
-    return not dist.is_initialized() or dist.get_rank() == 0
+from common.run import expect, gather, is_first, whole_lines, write_rows
 
 
 @contextmanager
@@ -45,33 +41,27 @@ def preemption():
 
 
 def check_out_folder(out, resume, overwrite, total, trained):
-    """Before any training: a ValueError, on every rank, if --out cannot be written.
+    """Before any training: a ValueError, on every rank, if --out is taken or cannot be written.
 
-    total, trained: numbers of parameters, of which the bytes on disk follow.
+    total, trained: numbers of parameters. Weights in fp32 (of the PRM and the checkpoint) and two
+    moments are on disk twice while a new file replaces an old one.
     """
-    problem = None
+    problem, needed = None, 16 * (total + trained)
     resumable = resume and (out / "log.jsonl").exists()
     if out.is_dir() and any(out.iterdir()) and not overwrite and not resumable:
-        problem = f"--out {out} is taken: --resume goes on with it, --overwrite starts it again"
-    elif is_master():
-        problem = why_not_writable(out, 16 * (total + trained))
-    if problem := gather(problem)[0]:
-        raise ValueError(problem)
-
-
-def why_not_writable(out, needed):
-    """None, or why `needed` bytes cannot be written: fp32 weights (of the PRM and the checkpoint)
-    and two moments, each of them twice while a new file replaces an old one."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()  # root may write where the mode forbids it: try
-        replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
-        free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in replaced)
-    except OSError as error:
-        return f"--out {out} cannot be written: {error.strerror}"
-    if free <= needed:
-        return f"--out {out} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
-    return None
+        problem = "is taken: --resume goes on with it, --overwrite starts it again"
+    elif is_first():
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=out).close()  # root may write where the mode forbids it: try
+            replaced = [*out.glob("*.safetensors"), *out.glob("checkpoint*/*")]
+            free = shutil.disk_usage(out).free + sum(file.stat().st_size for file in replaced)
+            if free <= needed:
+                problem = f"needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        except OSError as error:
+            problem = f"cannot be written: {error.strerror}"
+    problem = gather(problem)[0]
+    expect(not problem, f"--out {out} {problem}")
 
 
 def shard(prm, device, bf16):
@@ -85,10 +75,10 @@ def shard(prm, device, bf16):
     mesh = dist.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     for part in [*prm.backbone.layers, prm]:
         fully_shard(part, mesh=mesh, mp_policy=policy)
-    if not is_master():
+    if not is_first():
         prm.to_empty(device=device)
     options = states.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    states.set_model_state_dict(prm, whole if is_master() else {}, options=options)
+    states.set_model_state_dict(prm, whole if is_first() else {}, options=options)
     for buffer in prm.buffers():  # the rotary frequencies are in no state dict
         dist.broadcast(buffer, 0)
 
@@ -102,9 +92,9 @@ def save_prm(out, prm, best, snapshot=None):
     options = states.StateDictOptions(full_state_dict=True, cpu_offload=True)
     state = states.get_model_state_dict(prm, options=options)  # a collective: on every rank
     disable_progress_bar()  # of transformers, amid the lines of the log
-    if is_master() and snapshot:
+    if is_first() and snapshot:
         prm.save(out / snapshot, state)
-    if is_master() and best:
+    if is_first() and best:
         prm.save(out / "best", state)
         for old in out.glob("model*.safetensors*"):  # the new ones may be fewer files
             old.unlink()
@@ -123,18 +113,11 @@ def save_checkpoint(out, model, optimizer, progress):
                  no_dist=not dist.is_initialized())
     except CheckpointException as error:  # no Exception: a full disk would be a page of traceback
         raise OSError(f"{partial}: {str(error).strip().splitlines()[-1]}") from None
-    if is_master():
+    if is_first():
         (partial / "progress.json").write_text(json.dumps(progress))
         os.replace(partial, final)
         for old in set(out.glob("checkpoint-*")) - {final}:
             shutil.rmtree(old)
-
-
-def load_checkpoint(folder, model, optimizer):
-    weights, moments = states.get_state_dict(model, optimizer)  # dcp fills these in place
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=folder,
-             no_dist=not dist.is_initialized())
-    states.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments)
 
 
 def read_log(out):
@@ -160,12 +143,15 @@ def begin(out, resume, settings, model, optimizer):
         progress |= json.loads((checkpoint / "progress.json").read_text())
         changed = [f"--{name.replace('_', '-')} was {value}, is {settings.get(name)}"
                    for name, value in progress["settings"].items() if settings.get(name) != value]
-        if changed:
-            raise ValueError(f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
-        load_checkpoint(checkpoint, model, optimizer)
+        expect(not changed, f"--resume: not the run of {checkpoint}: {'; '.join(changed)}")
+        weights, moments = states.get_state_dict(model, optimizer)  # dcp fills these in place
+        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=checkpoint,
+                 no_dist=not dist.is_initialized())
+        states.set_state_dict(model, optimizer, model_state_dict=weights,
+                              optim_state_dict=moments)
     progress["totals"] = Counter(progress["totals"])
     gather("every rank has read before rank 0 removes files")
-    if is_master():
+    if is_first():
         rows = read_log(out) if checkpoint else []
         write_rows(out / "log.jsonl", [row for row in rows if row["step"] <= progress["step"]])
         stale = set(out.glob("checkpoint*")) - {checkpoint}
@@ -176,6 +162,6 @@ def begin(out, resume, settings, model, optimizer):
 
 def finish(out):
     """Remove the checkpoints. The best PRM stays."""
-    for folder in out.glob("checkpoint*") if is_master() else ():
+    for folder in out.glob("checkpoint*") if is_first() else ():
         shutil.rmtree(folder)
     gather("OUT is whole when any rank returns")

@@ -5,13 +5,13 @@ Sets of step labels, for training and for --first-error: ProcessBench (arXiv 241
 Pools of scored solutions, for evaluate.py --samples: evalplus, search-and-learn, RLHFlow's
 prm_evaluate.py and orm_evaluate.py, Qwen2.5-Math's evaluation, BiRM (2503.04618).
 """
+from common.run import expect, located
 
 # ------------------------------------------------------------ step labels -> stepwise rows
 
 def first_error_labels(steps, first):
     """first: index of the first wrong step, -1 for none. Later steps have no label."""
-    if not -1 <= first < len(steps):
-        raise ValueError(f"label: {first} is no step's number, nor -1")
+    expect(-1 <= first < len(steps), f"label: {first} is no step's number, nor -1")
     if first < 0:
         return [1.0] * len(steps)
     return [1.0] * first + [0.0] + [None] * (len(steps) - first - 1)
@@ -47,8 +47,7 @@ def from_reasoneval(row, neutral=None):
 
 def from_math_aps(row, neutral=None):
     """Five line breaks end a step; "+" or "-" for each. Of a prefix only the end has a label."""
-    steps = [step.strip() for step in row["process"].split("\n" * 5)]
-    steps = [step for step in steps if step]
+    steps = steps_of(row["process"], "\n" * 5)
     signs = [{"+": 1.0, "-": 0.0}[sign] for sign in row["label"]]
     # what comes before a labelled end are the steps of the same prefix, labelled in other rows
     labels = [None] * (len(steps) - len(signs)) + signs
@@ -73,8 +72,8 @@ def columns(texts, **lists):
     """Samples from lists of equal length; a list that is None gives no key. ValueError: lengths."""
     samples = [{"steps": steps} for steps in texts]
     for key, values in lists.items():
-        if values is not None and len(values) != len(samples):
-            raise ValueError(f"{len(values)} {key} for {len(samples)} solutions")
+        expect(values is None or len(values) == len(samples),
+               f"{len(values or ())} {key} for {len(samples)} solutions")
         for sample, value in zip(samples, values or ()):
             sample[key] = value
     return samples
@@ -120,38 +119,28 @@ def from_qwen_math(row):
 def from_birm(row):
     """vscores has one score a token; the first is the solution's, as in its best-of-N."""
     outputs = row["outputs"]
-    scores = None
-    if all("vscores" in output for output in outputs):
-        scores = [output["vscores"][:1] for output in outputs]
-    right = [output["label"] for output in outputs] if "label" in outputs[0] else None
-    texts = [steps_of(output["response"].replace("ки", "\n\n")) for output in outputs]
+    scores = [x["vscores"][:1] for x in outputs] if "vscores" in outputs[0] else None
+    right = [x["label"] for x in outputs] if "label" in outputs[0] else None
+    texts = [steps_of(x["response"].replace("ки", "\n\n")) for x in outputs]
     return {"id": row["idx"], "question": row["question"], "answer": row.get("ground_truth"),
             "samples": columns(texts, scores=scores, correct=right)}
 
 
-def refused(row):
-    raise ValueError("scores without solutions: pass the set that they belong to as --first-error "
-                     "SET beside --samples")
-
-
-# the first whose fields a row has; sets of scores alone come last, since pools have ids, too
+# the first whose fields a row has
 POOLS = [({"task_id", "solution"}, from_evalplus), ({"task_id", "completion"}, from_evalplus),
          ({"problem", "completions"}, from_search_and_learn), ({"prompt", "answers"}, from_rlhflow),
-         ({"idx", "code"}, from_qwen_math), ({"question", "outputs"}, from_birm),
-         ({"id", "scores"}, refused)]
+         ({"idx", "code"}, from_qwen_math), ({"question", "outputs"}, from_birm)]
 
 
 def sample_row(row):
     """Anybody's row -> a sample row, by its fields. ValueError: one that does not fit together."""
-    if "samples" in row:
-        return row
-    convert = next((convert for fields, convert in POOLS if fields <= row.keys()), None)
-    if convert is None:
-        return row
-    try:
-        return convert(row)
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        raise ValueError(f"not a row of {convert.__name__[5:]} ({error!r})") from None
+    for fields, convert in () if "samples" in row else POOLS:
+        if fields <= row.keys():
+            with located(f"not a row of {convert.__name__.removeprefix('from_')}"):
+                return convert(row)
+    expect("samples" in row or not {"id", "scores"} <= row.keys(), "scores without solutions: pass "
+           "the set that they belong to as --first-error SET beside --samples")
+    return row
 
 
 def one_a_problem(rows):

@@ -24,6 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.converters import STEP_LABELS
+from common.run import expect, located
 
 
 def read_rows(file):
@@ -56,20 +57,22 @@ def read_rows(file):
             raise ValueError(f"{file}:{number + 1}: {error}") from error
 
 
+def solutions_of(row):
+    """(question, samples) of a sample row, or of a stepwise row, as one sample with steps alone."""
+    if "samples" in row:
+        return row["question"], row["samples"]
+    return row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
+
+
 def read_solutions(file):
     """Yield (question, steps) from a JSONL file of sample rows or stepwise rows."""
     for number, row in read_rows(file):
-        try:
-            solutions = [(row.get("prompt"), row["completions"])] if "completions" in row else [
-                (row["question"], sample["steps"]) for sample in row["samples"]]
-            for question, steps in solutions:
-                "".join([question, *steps])  # a TypeError if these are no texts
-                if not isinstance(steps, list):
-                    raise TypeError("the steps are no list")
-                yield question, steps
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: neither a sample row nor a stepwise row "
-                             f"({error!r})") from error
+        with located(f"{file}:{number}: neither a sample row nor a stepwise row"):
+            question, samples = solutions_of(row)
+            for sample in samples:
+                expect(isinstance(sample["steps"], list), "the steps are no list")
+                "".join([question, *sample["steps"]])  # a TypeError if these are no texts
+                yield question, sample["steps"]
 
 
 def hub_rows(name, *where, **keywords):
@@ -89,10 +92,8 @@ def hub_rows(name, *where, **keywords):
 
 def first_wrong(labels):
     """Index of the first step that is labelled wrong, -1 if none is (as in ProcessBench)."""
-    for t, y in enumerate(labels):
-        if y is not None and y < 0.5:  # None: nobody has labelled this step
-            return t
-    return -1
+    # None: nobody has labelled this step
+    return next((t for t, y in enumerate(labels) if y is not None and y < 0.5), -1)
 
 
 def from_prm800k(row, neutral="good"):
@@ -103,30 +104,25 @@ def from_prm800k(row, neutral="good"):
     before it without labels, so that each rating is used once.
     Ratings: 1 good, -1 bad, null none, 0 neutral (`neutral`: "good", "bad", or "drop": no label).
     """
-    neutral_label = {"good": 1.0, "bad": 0.0, "drop": None}[neutral]
-    label_of = {1: 1.0, -1: 0.0, 0: neutral_label, None: None}
+    label_of = {1: 1.0, -1: 0.0, 0: {"good": 1.0, "bad": 0.0, "drop": None}[neutral], None: None}
     if row["label"]["finish_reason"] == "bad_problem":
         return []
-    path, labels = [], []
-    alternatives = []
+    path, labels, alternatives = [], [], []
     for step in row["label"]["steps"]:
         chosen = step["chosen_completion"]
-        ratings = [label_of[c["rating"]] for c in step["completions"] or []]
-        texts = [c["text"] for c in step["completions"] or []]
-        for i, (text, y) in enumerate(zip(texts, ratings)):
+        rated = [(c["text"], label_of[c["rating"]]) for c in step["completions"] or []]
+        for i, (text, y) in enumerate(rated):
             if i != chosen and y is not None:
                 alternatives.append(([*path, text], [None] * len(path) + [y]))
-        if chosen is not None:
-            path, labels = [*path, texts[chosen]], [*labels, ratings[chosen]]
-        elif step["human_completion"]:
-            path, labels = [*path, step["human_completion"]["text"]], [*labels, None]
-        else:
+        if chosen is None and not step["human_completion"]:
             break  # found_error, give_up: nothing was chosen, the record ends
+        text, y = (step["human_completion"]["text"], None) if chosen is None else rated[chosen]
+        path, labels = [*path, text], [*labels, y]
     rows = [(path, labels), *alternatives] if path else alternatives
-    question = {"prompt": row["question"]["problem"]}
-    answer = row["question"].get("ground_truth_answer")
-    gold = {"answer": answer} if answer else {}
-    return [{**question, "completions": steps, "labels": ys, **gold} for steps, ys in rows]
+    fields = {"prompt": row["question"]["problem"]}
+    if answer := row["question"].get("ground_truth_answer"):
+        fields["answer"] = answer
+    return [{**fields, "completions": steps, "labels": ys} for steps, ys in rows]
 
 
 def from_math_shepherd(row, neutral=None):
@@ -137,27 +133,21 @@ def from_math_shepherd(row, neutral=None):
     """
     text, signs = row["input"], row["label"]
     numbered = re.search(r"\bstep 1:", text, re.IGNORECASE)
-    if numbered:
-        begin = numbered.start()
-    else:
-        begin = text.find("?", 0, text.find("ки")) + 1  # a few rows number no steps
-    if begin <= 0:
-        raise ValueError('input: no "Step 1:" and no "?" where the question could end')
-    steps, labels, end = [], [], begin
-    for k, tag in enumerate(re.finditer("ки", text)):
-        # Look for the sign at the tag's place, since sums have + and -, too. Each of the k tags
-        # before was two characters long, and its sign is one.
-        at = tag.start() - k
-        sign = signs[at:at + 1]
-        if sign not in ("+", "-"):
-            raise ValueError(f"label: {sign!r} where the tag of step {k + 1} is, "
-                             "+ or - is expected")
-        if tag.start() >= begin:
-            steps.append(text[end:tag.start()].strip())
-            labels.append(float(sign == "+"))
-            end = tag.end()
-    question = text[:begin].replace("ки", "").strip()
-    return [{"prompt": question, "completions": steps, "labels": labels}]
+    # a few rows number no steps
+    begin = numbered.start() if numbered else text.find("?", 0, text.find("ки")) + 1
+    expect(begin > 0, 'input: no "Step 1:" and no "?" where the question could end')
+    question, steps, labels = text[:begin], [], []
+    # Look for the sign at the tag's place, since sums have + and -, too. A tag is two characters
+    # long, its sign is one.
+    at = begin - question.count("ки")
+    for step in text[begin:].split("ки")[:-1]:
+        at += len(step) + 1
+        sign = signs[at - 1:at]
+        steps.append(step.strip())
+        labels.append(float(sign == "+"))
+        expect(sign in ("+", "-"),
+               f"label: {sign!r} where the tag of step {len(steps)} is, + or - is expected")
+    return [{"prompt": question.replace("ки", "").strip(), "completions": steps, "labels": labels}]
 
 
 FORMATS = {"stepwise": lambda row, neutral: [row], "prm800k": from_prm800k,
@@ -178,20 +168,22 @@ def format_of(row):
 def check(row):
     """ValueError that names the field, if this is no stepwise row. Labels: None, or in [0, 1]."""
     prompt, steps, labels = row.get("prompt"), row.get("completions"), row.get("labels")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError("prompt: a text is expected")
-    if not isinstance(steps, list) or not steps or not all(isinstance(s, str) for s in steps):
-        raise ValueError("completions: a list of texts is expected")
+    expect(isinstance(prompt, str) and prompt.strip(), "prompt: a text is expected")
+    expect(texts(steps), "completions: a list of texts is expected")
     "".join([prompt, *steps]).encode()  # half a surrogate pair would crash the tokenizer
-    if not isinstance(labels, list) or len(labels) != len(steps):
-        raise ValueError(f"labels: {len(steps)} are expected, one for each of completions, "
-                         f"not {labels!r:.60}")
+    expect(isinstance(labels, list) and len(labels) == len(steps),
+           f"labels: {len(steps)} are expected, one for each of completions, not {labels!r:.60}")
     for y in labels:
-        if y is not None and not (isinstance(y, (int, float)) and 0 <= y <= 1):
-            raise ValueError(f"labels: {y!r} is not in [0, 1]")
+        expect(y is None or isinstance(y, (int, float)) and 0 <= y <= 1,
+               f"labels: {y!r} is not in [0, 1]")
 
 
-def read_set(name, form="auto", neutral="good"):
+def texts(steps):
+    """Is it a list of texts, and not empty?"""
+    return isinstance(steps, list) and steps and all(isinstance(s, str) for s in steps)
+
+
+def read_set(name, neutral="good"):
     """Yield ("file:line", stepwise row) of a JSONL file or of a hub set's train split."""
     if Path(name).is_file():
         records = ((f"{name}:{number}", row) for number, row in read_rows(name))
@@ -200,15 +192,11 @@ def read_set(name, form="auto", neutral="good"):
     else:
         records = hub_rows(name, name, split="train")
     for where, record in records:
-        schema = format_of(record) if form == "auto" else form
-        try:
+        schema = format_of(record)
+        with located(f"{where}: not a {schema} row"):
             for row in FORMATS[schema](record, neutral):
                 check(row)
                 yield where, row
-        except (KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ValueError(f"{where}: not a {schema} row ({error!r})") from error
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
 
 
 # ------------------------------------------------------------ training and validation sets
@@ -218,10 +206,8 @@ def load_data(names, neutral, samples, seed):
     (§3.1, Table 3)."""
     data = []
     for name in names:
-        bar = tqdm(read_set(name, neutral=neutral), f"read {name}", disable=None, leave=False)
-        rows = list(bar)
-        if not rows:
-            raise ValueError(f"{name}: no rows")
+        rows = [*tqdm(read_set(name, neutral), f"read {name}", disable=None, leave=False)]
+        expect(rows, f"{name}: no rows")
         # seeded by the file's name: no other set, and no folder, changes which rows are drawn
         random.Random(f"{seed} {Path(name).name}").shuffle(rows)
         data += rows[:samples]
@@ -255,11 +241,9 @@ def split(rows, val_rows, fraction, val_samples):
         val_problems = {plain(prompt) for prompt in prompts if held_out(prompt, fraction)}
         val_rows = [item for item in rows if plain(item[1]["prompt"]) in val_problems]
     train_rows = [item for item in rows if plain(item[1]["prompt"]) not in val_problems]
-    if not train_rows or not val_rows:
-        side = "validation" if train_rows else "training"
-        raise ValueError(f"{side} would be empty: {len(val_problems)} problems are held out "
-                         f"(--val-fraction, --val-data), and {len(train_rows)} rows are left to "
-                         "train on")
+    side = "validation" if train_rows else "training"
+    expect(train_rows and val_rows, f"{side} would be empty: {len(val_problems)} problems are held "
+           f"out (--val-fraction, --val-data), and {len(train_rows)} rows are left to train on")
     val_rows = list(val_rows)
     random.Random(0).shuffle(val_rows)
     return train_rows, val_rows[:val_samples]

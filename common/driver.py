@@ -6,9 +6,9 @@ A strategy of search.py is a generator for one problem:
     request = plan.send(None)       # Request: "sample n next steps below each of these nodes"
     request = plan.send(groups)     # the answer: for each node its new nodes, scored by the PRM
 
-The driver collects the pending requests of all problems, samples for all of them in one call of
-the policy, scores in one pass of the PRM, and hands each generator its own nodes. So a strategy can
-be read one problem at a time, as in the paper, and a GPU still sees full batches.
+The driver samples for the pending requests of all problems in one call of the policy and scores in
+one pass of the PRM. So a strategy can be read one problem at a time, as in the paper, and a GPU
+still sees full batches.
 """
 import math
 import sys
@@ -37,10 +37,7 @@ class Search:
     options: dict
     budget: float = math.inf          # generated tokens; checked before each call of the policy
     generated: int = 0                # tokens
-    prefilled: float = 0.0            # tokens
-    prm_tokens: float = 0.0
-    seconds: float = 0.0
-    prm_seconds: float = 0.0          # the PRM's part of `seconds`
+    cost: Counter = field(default_factory=Counter)  # what else it has cost: answer()
     sampled: list = field(default_factory=list)   # every node of the tree, in order
     finished: list = field(default_factory=list)  # (tokens spent so far, last node) of a solution
     visits: Counter = field(default_factory=Counter)  # MCTS: N; it outlives the plan
@@ -90,13 +87,6 @@ class Search:
         until = self.options.get("until", math.inf)
         return until < math.inf and end.end != "length" and self.options["reward"](end) >= until
 
-    def charge(self, share, seconds, prm_seconds, prefilled, prm_tokens):
-        """This search's share of what a batch has cost."""
-        self.seconds += share * seconds
-        self.prm_seconds += share * prm_seconds
-        self.prefilled += share * prefilled
-        self.prm_tokens += share * prm_tokens
-
 
 def run_together(searches, policy, prms=(), progress=None):
     """Advance all searches until each is done or has spent its budget. progress: a tqdm bar."""
@@ -140,8 +130,7 @@ def warn_once(text):
 
 def answer(batch, whole, policy, prms):
     """One call of the policy and one pass of each PRM for the requests of all these searches."""
-    prefilled = policy.prefilled
-    prm_tokens = sum(prm.tokens for prm in prms)
+    prefilled, prm_tokens = policy.prefilled, sum(prm.tokens for prm in prms)
     started = time.perf_counter()
     nodes, counts = [], []
     for search in batch:
@@ -151,15 +140,16 @@ def answer(batch, whole, policy, prms):
     sampled = time.perf_counter()
     score_steps(prms, list(chain.from_iterable(groups)))
     scored = time.perf_counter()
+    cost = {"policy_prefilled": policy.prefilled - prefilled,
+            "prm_tokens": sum(prm.tokens for prm in prms) - prm_tokens,
+            "seconds": scored - started, "prm_seconds": scored - sampled}
 
     groups = iter(groups)
     answers = [list(islice(groups, len(search.request.nodes))) for search in batch]
     tokens = [search.book(groups) for search, groups in zip(batch, answers)]
-    prefilled = policy.prefilled - prefilled
-    prm_tokens = sum(prm.tokens for prm in prms) - prm_tokens
     for search, groups, new in zip(batch, answers, tokens):
-        share = new / max(1, sum(tokens))
-        search.charge(share, scored - started, scored - sampled, prefilled, prm_tokens)
+        for name, amount in cost.items():
+            search.cost[name] += amount * new / max(1, sum(tokens))
         search.advance(groups)
 
 

@@ -11,7 +11,6 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 
-SCRIPTS = ("annotate", "evaluate", "prm_model", "search", "similarity", "train")  # and paper/'s
 SLOW = ("torch", "transformers", "safetensors", "huggingface_hub")
 ROOT = Path(__file__).resolve().parents[1]
 rehearsing = False
@@ -93,9 +92,7 @@ def flags_are_fine():
 
 def is_script(file):
     """Is it one of ours? In a Python prompt there is none, and the rest may not run twice."""
-    path = Path(file or "-").resolve()
-    own = path.parent == ROOT and path.stem in SCRIPTS or path.parent == ROOT / "paper"
-    return bool(file) and own
+    return bool(file) and Path(file).resolve().parent in (ROOT, ROOT / "paper")
 
 
 main = getattr(sys.modules["__main__"], "__file__", None)

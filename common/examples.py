@@ -4,6 +4,7 @@ Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled step
 """
 import random
 from collections import namedtuple
+from itertools import chain
 
 import torch
 import torch.nn.functional as F
@@ -115,13 +116,9 @@ def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
             parts = hidden_Mh.split([len(examples[i].labels) for i in numbers])
             states.update((i, part.clone()) for i, part in zip(numbers, parts))
             progress.update(len(numbers) * world)
-    for part in gather(states):
-        states.update(part)
-    kept = []
-    for i, example in enumerate(examples):
-        places = torch.arange(len(example.labels))
-        kept.append(example._replace(ids=states[i], positions=places))
-    return kept
+    states = dict(chain.from_iterable(part.items() for part in gather(states)))
+    return [example._replace(ids=states[i], positions=torch.arange(len(example.labels)))
+            for i, example in enumerate(examples)]
 
 
 def padded_tokens(lengths, multiple=1):
@@ -131,10 +128,7 @@ def padded_tokens(lengths, multiple=1):
 
 def label_text(tokenizer, example):
     """What is trained on, for the eye: each token's text, behind a labelled one <label>."""
-    labels = dict(zip(example.positions.tolist(), example.labels.tolist()))
-    words = []
-    for i, token in enumerate(example.ids.tolist()):
-        words.append(repr(tokenizer.decode([token]))[1:-1])
-        if i in labels:
-            words.append(f"<{labels[i]:g}>\n")
+    words = [repr(tokenizer.decode([token]))[1:-1] for token in example.ids.tolist()]
+    for position, y in zip(example.positions.tolist(), example.labels.tolist()):
+        words[position] += f" <{y:g}>\n"
     return " ".join(words)

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 from common import tasks
 from common.data import first_wrong, read_rows, read_set
-from common.run import gather, journaled
+from common.run import expect, journaled, located
 
 PROCESSBENCH = ("gsm8k", "math", "olympiadbench", "omnimath")
 
@@ -20,19 +20,18 @@ def read_first_errors(args):
     sets = {}
     for name in args.first_error:
         task, _, split = name.partition(":")
-        # the four splits are four files on the hub; a local file is one of them
-        splits = [split] if split or args.data else PROCESSBENCH
-        if task in tasks.TASKS:
-            if task != "processbench":
-                raise ValueError(f"--first-error {name}: rows without a first error")
-            for split in splits:
-                problems = tasks.load(task, args.data, split or None, args.limit, args.seed)
-                sets[split or name] = [(p.question, p.meta["steps"], p.meta["label"], {})
-                                       for p in problems]
+        if task not in tasks.TASKS:
+            rows = tasks.drawn([row for _, row in read_set(name)], args.limit, args.seed)
+            # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
+            sets[name] = [(r["prompt"], r["completions"], first_wrong(r["labels"]), r)
+                          for r in rows]
             continue
-        rows = tasks.drawn([row for _, row in read_set(name)], args.limit, args.seed)
-        # labels of each step, as of PRM800K or Math-Shepherd: the first below 0.5
-        sets[name] = [(r["prompt"], r["completions"], first_wrong(r["labels"]), r) for r in rows]
+        expect(task == "processbench", f"--first-error {name}: rows without a first error")
+        # the four splits are four files on the hub; a local file is one of them
+        for part in [split] if split or args.data else PROCESSBENCH:
+            problems = tasks.load(task, args.data, part or None, args.limit, args.seed)
+            sets[part or name] = [(p.question, p.meta["steps"], p.meta["label"], {})
+                                   for p in problems]
     return sets
 
 
@@ -48,8 +47,8 @@ def score_first_errors(bench, args):
             scores = bench.prm(args.prm[0]).score(questions, solutions)
             return [{"id": i, "scores": p} for i, p in zip(numbers, scores)]
         if given is None:
-            rows = gather(journaled(None, range(len(items)), score, names=lambda i: [i],
-                                    chunk=args.concurrent, desc=f"first errors of {name}"))[0]
+            rows = journaled(None, range(len(items)), score, names=lambda i: [i],
+                             chunk=args.concurrent, desc=f"first errors of {name}")
             scores = [row["scores"] for row in rows]
         else:
             scores = [of_steps(given, row, steps) for _, steps, _, row in items]
@@ -62,30 +61,25 @@ def step_scores(file):
     right, or right and needed; the last two are its validity."""
     scores = {}
     for number, row in read_rows(file):
-        try:
+        with located(f"{file}:{number}"):
             p = [sum(x[1:]) if isinstance(x, list) else x for x in row["scores"]]
             # ROSCOE's, say, are none, and a threshold of 0.5 would say nothing about them
-            if not all(0 <= x <= 1 + 1e-6 for x in p):  # also false for nan
-                raise ValueError("scores: a probability for each step is expected")
+            expect(all(0 <= x <= 1 + 1e-6 for x in p),  # also false for nan
+                   "scores: a probability for each step is expected")
             scores[row["id"]] = p
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: no id and scores ({error!r})") from None
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}") from None
     return scores
 
 
 def of_steps(given, row, steps):
     """Scores of a row's steps; a step of several sentences is as good as the worst of them."""
     p = given.get(row.get("id"))
-    if p is None:
-        raise ValueError(f"--samples has no scores for id {row.get('id')!r}")
+    expect(p is not None, f"--samples has no scores for id {row.get('id')!r}")
     # a PRM that judged whole steps has as many scores as steps
     if len(p) != len(steps) and "sentences" in row:
         ends = list(accumulate(row["sentences"]))
         p = [min(p[end - n:end], default=math.nan) for n, end in zip(row["sentences"], ends)]
-    if len(p) != len(steps) or any(map(math.isnan, p)):
-        raise ValueError(f"--samples, id {row.get('id')!r}: {len(p)} scores for {len(steps)} steps")
+    expect(len(p) == len(steps) and not any(map(math.isnan, p)),
+           f"--samples, id {row.get('id')!r}: {len(p)} scores for {len(steps)} steps")
     return p
 
 
@@ -98,9 +92,8 @@ def halves(name, items):
             test.setdefault(question, []).append((p, y))
         else:
             choose.append((p, y))
-    if not choose or not test:
-        raise ValueError(f"{name}: {len(items)} solutions are too few to split; --threshold 0.5 "
-                         "needs no other half")
+    expect(choose and test, f"{name}: {len(items)} solutions are too few to split; --threshold "
+           "0.5 needs no other half")
     return choose, test
 
 

@@ -16,6 +16,7 @@ from common.answers import extract_answer
 from common.converters import first_error_labels
 from common.judge import slowness
 from common.notation import normalise
+from common.run import expect
 
 
 @dataclass
@@ -175,8 +176,7 @@ def _bigcodebench(row, n):
 def _contest(name, question, inputs, outputs, entry=None, shown=(), solutions=(), seconds=4.0,
              wrapped=False, **meta):
     """The shared end of the contest loaders: stdin tests, or calls if a function is named."""
-    if len(inputs) != len(outputs):
-        raise ValueError(f"{len(inputs)} inputs but {len(outputs)} outputs")
+    expect(len(inputs) == len(outputs), f"{len(inputs)} inputs but {len(outputs)} outputs")
     if entry:
         tests = {"kind": "call", "entry": entry, "wrapped": wrapped}
         shown = shown or inputs[:2]
@@ -279,18 +279,16 @@ def unpacked(tests):
 def check_tests(tests):
     """ValueError now rather than a traceback of the judge, after all the search has been done."""
     kind, inputs = tests.get("kind"), tests.get("inputs", [])
-    if kind not in ("call", "stdin", "assert", "unittest"):
-        raise ValueError(f"tests of kind {kind!r}")
-    if not isinstance(tests.get("time_limit") or 0.0, (int, float)):
-        raise ValueError(f"time_limit: {tests['time_limit']!r} is no number of seconds")
+    expect(kind in ("call", "stdin", "assert", "unittest"), f"tests of kind {kind!r}")
+    expect(isinstance(tests.get("time_limit") or 0.0, (int, float)),
+           f"time_limit: {tests.get('time_limit')!r} is no number of seconds")
     if kind in ("assert", "unittest"):
         return
     form = str if kind == "stdin" else (list, tuple)
-    if not inputs or not all(isinstance(args, form) for args in inputs):
-        what = "a text" if kind == "stdin" else "a list of arguments"
-        raise ValueError(f"tests of kind {kind}: inputs must be a list, each {what}")
-    if len(tests.get("outputs", [] if kind == "stdin" else inputs)) != len(inputs):
-        raise ValueError(f"{len(inputs)} inputs need as many outputs")
+    expect(inputs and all(isinstance(args, form) for args in inputs),
+           f"tests of kind {kind}: inputs must be a list, each a text (stdin) or a list (call)")
+    expect(len(tests.get("outputs", [] if kind == "stdin" else inputs)) == len(inputs),
+           f"{len(inputs)} inputs need as many outputs")
 
 
 def own_row(row, n):

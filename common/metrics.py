@@ -82,8 +82,9 @@ def step_flops(N, config, lengths, passes=3):
 
 def peak_flops(device):
     """FLOP/s of a GPU in dense bf16, from its data sheet; None for others, and for CPUs."""
+    # the first that is in the name
     known = {"A100": 312e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12,
-             "H200": 989e12, "B200": 2250e12, "L40S": 362e12}  # the first that is in the name
+             "H200": 989e12, "B200": 2250e12, "L40S": 362e12}
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((flops for gpu, flops in known.items() if gpu in name), None)
 
@@ -98,8 +99,7 @@ def accounting(micros, lengths, multiple, flops, seconds, device, totals):
     padded = sum(padded_tokens(row_lengths, multiple) for row_lengths in rows)
     totals.update(tokens=tokens, seconds=seconds, flops=flops[0], flops_with_attention=all_flops)
     peak = peak_flops(device)
-    _, world = rank_and_world()
-    mfu = all_flops / seconds / world / peak if peak else None
+    mfu = all_flops / seconds / rank_and_world()[1] / peak if peak else None
     return {"tokens_per_second": tokens / seconds, "padding": 1 - tokens / padded, "mfu": mfu,
             **totals}
 

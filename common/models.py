@@ -1,10 +1,5 @@
 """What of a model family the tree cache and the sampler rely on: right, or refused at loading.
 
-    load_pretrained(...)     a model, config or tokenizer from a folder or the hub
-    check(model, path)       the cache computes what the model does, or a ValueError
-    own_logits(lm, hidden)   what the family does behind its LM head included
-    bos(tokenizer)           what the tokenizer puts before a text
-
 docs/models.md lists families, exact or refused (python benchmarks/families.py).
 """
 import socket
@@ -23,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from common.cache import encode_missing
 from common.node import Node
+from common.run import expect
 
 TOKENS = 20         # of the check
 SHORT_WINDOW = 4    # stands for any sliding window or chunk in the check: shorter than its text
@@ -40,9 +36,8 @@ def bos(tokenizer):
 
 def must_fit(tokens, context, question):
     """ValueError: a question of so many tokens leaves no room in the model's context (or None)."""
-    if context and tokens >= context:
-        raise ValueError(f"a question of {tokens} tokens does not fit into the model's context of "
-                         f"{context}: {question.strip()[:40]!r} ...")
+    expect(not context or tokens < context, f"a question of {tokens} tokens does not fit into the "
+           f"model's context of {context}: {question.strip()[:40]!r} ...")
 
 
 def own_logits(lm, hidden):
@@ -145,7 +140,7 @@ def load_pretrained(kind, path, **keywords):
     set_verbosity_error()  # what its warnings would say of the weights is in our own errors
     if not sys.stderr.isatty():
         disable_progress_bar()  # of transformers: a line of noise for each model in a log
-    keywords["local_files_only"] = is_local(path)
+    local = keywords["local_files_only"] = is_local(path)
     try:
         if kind is AutoTokenizer and Path(path).is_dir() and not any(
                 any(Path(path).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
@@ -155,12 +150,10 @@ def load_pretrained(kind, path, **keywords):
         model, info = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True,
                                            output_loading_info=True,
                                            ignore_mismatched_sizes=True, **keywords)
-        if info["mismatched_keys"]:
-            name, there, here = sorted(info["mismatched_keys"])[0]
+        for name, there, here in sorted(info["mismatched_keys"]):
             raise ValueError(f"{name} is {list(there)}, and by config.json it is {list(here)}")
-        if info["missing_keys"]:
-            missing = ", ".join(sorted(info["missing_keys"])[:6])
-            raise ValueError(f"weights are missing: {missing}")
+        missing = ", ".join(sorted(info["missing_keys"])[:6])
+        expect(not missing, f"weights are missing: {missing}")
         return model
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -169,26 +162,24 @@ def load_pretrained(kind, path, **keywords):
             raise ValueError(f"{path}: cannot load it ({lines[0]}). The folder holds: {files}; "
                              "needed are config.json, model.safetensors and the tokenizer's "
                              "files") from error
-        hub = "" if keywords["local_files_only"] else f", and the hub gave: {lines[0]}"
+        hub = "" if local else f", and the hub gave: {lines[0]}"
         raise ValueError(f"{path}: no such folder{hub}. Offline, pass the path of a local folder "
                          "(made by save_pretrained or `hf download`)") from error
 
 
-def load_head(path, name):
-    """The weights of a PRM's head, which PRM.save() wrote."""
+def load_head(head, path, weights):
+    """Fill a PRM's head with weights (a state dict), or with those of a file that PRM.save() wrote.
+    ValueError: there is no such file, or it is another model's."""
+    name = weights
     try:
-        return load_file(cached_file(path, name))
+        if isinstance(weights, str):
+            weights = load_file(cached_file(path, name))
+        head.load_state_dict(weights)
     except OSError as error:
         raise ValueError(f"{path}: {name} is missing: it is not a whole PRM, save it again") \
             from error
     except SafetensorError as error:
         raise ValueError(f"{path}/{name}: not a whole safetensors file ({error})") from error
-
-
-def fill_head(head, weights, path):
-    """Put weights into a PRM's head. ValueError: they are another model's."""
-    try:
-        head.load_state_dict(weights)
     except RuntimeError as error:  # a line for each weight; the first one says enough
         why = str(error).strip().splitlines()[1].strip()
         raise ValueError(f"{path}: the head is of another model than the backbone ({why})") \

@@ -5,8 +5,7 @@
     python -m common.page tree.html#2-all tree.svg          # its third tree, unfolded, as a picture
 The README's is of `search.py --strategy beam --task tiny-math --seed 1 --limit 15`, #14-all.
 
-The page is page.html with the trees as JSON in it. The picture is what headless Chromium makes of
-the page, so a talk, a README and the page show the same drawing.
+The page is page.html with the trees as JSON in it; headless Chromium makes the picture of it.
 """
 import json
 import re
@@ -14,7 +13,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from common.run import command_line
+from common.run import command_line, expect
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 PLACE = "/*trees*/[]"  # of the JSON in the template
@@ -32,8 +31,7 @@ class Page:
 
     def __init__(self, file):
         self.file, self.trees = file, []
-        if file and not Path(file).absolute().parent.is_dir():
-            raise ValueError(f"--html {file}: no such folder")
+        expect(not file or Path(file).absolute().parent.is_dir(), f"--html {file}: no such folder")
 
     def add(self, tree, *arguments):
         """Add tree(*arguments), which is only made if there is a page with room for it."""
@@ -112,18 +110,12 @@ def solution_tree(prm, question, steps, scores):
             "spent": 0, "picked": 0, "judged": False, "nodes": nodes, "solutions": [end]}
 
 
-def browser():
-    """Path of a Chromium. ValueError: there is none."""
-    for name in BROWSERS:
-        if path := shutil.which(name):
-            return path
-    raise ValueError(f"the picture needs a Chromium ({', '.join(BROWSERS)}), and none is on PATH")
-
-
 def opened(file):
     """The HTML of a page (FILE or FILE#TREE) after its script has run in headless Chromium."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    expect(browser, f"the picture needs a Chromium ({', '.join(BROWSERS)}), and none is on PATH")
     name, mark, tree = file.partition("#")
-    command = [browser(), "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom",
                "--virtual-time-budget=5000", Path(name).resolve().as_uri() + mark + tree]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
 
@@ -135,8 +127,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     with parser:
         drawing = re.search(r"<svg .*?</svg>", opened(args.page), re.S)
-        if not drawing:
-            raise ValueError(f"{args.page}: no page of --html")
+        expect(drawing, f"{args.page}: no page of --html")
         Path(args.svg).write_text(drawing[0] + "\n", encoding="utf-8")
 
 

@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from urllib.parse import parse_qs, urlsplit
 
+from common.run import expect
 from common.server import answered, connect
 
 TEXTS = 16     # of one request
@@ -58,8 +59,8 @@ class ServerPRM:
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{self.url}/v1/models sent no list of models: "
                              f"{str(reply)[:200]!r}") from error
-        if not cards or name and name not in cards:
-            raise ValueError(f"{self.url} serves {', '.join(cards) or 'nothing'}; no {name}")
+        expect(name in cards if name else cards,
+               f"{self.url} serves {', '.join(cards) or 'nothing'}; no {name}")
         name = name or next(iter(cards))
         return name, cards[name]
 
@@ -90,9 +91,8 @@ class ServerPRM:
     def _scores(self, texts):
         """texts: [(token ids, positions of the steps)] -> a list of p_t for each."""
         parts = [texts[i:i + TEXTS] for i in range(0, len(texts), TEXTS)]
-        scores = list(chain.from_iterable(self.pool.map(self._ask, parts)))
         self.tokens += sum(len(ids) for ids, _ in texts)
-        return scores
+        return list(chain.from_iterable(self.pool.map(self._ask, parts)))
 
     def _ask(self, texts):
         """One request."""
@@ -115,12 +115,10 @@ class ServerPRM:
         where = range(len(ids))
         if len(rows) != len(ids):
             where = [i for i in where if ids[i] == ids[positions[0]]]
-        if len(rows) != len(where):
-            raise ValueError(f"{self.url} sent {len(rows)} rows for {len(ids)} tokens, {len(where)}"
-                             " of which can end a step: start vLLM with --pooler-config "
-                             "'{\"pooling_type\": \"ALL\"}'")
+        expect(len(rows) == len(where),
+               f"{self.url} sent {len(rows)} rows for {len(ids)} tokens, {len(where)} of which can "
+               "end a step: start vLLM with --pooler-config '{\"pooling_type\": \"ALL\"}'")
+        expect(all(len(row) <= 2 and 0 <= row[-1] <= 1 for row in rows),
+               f"{self.url} sent no probabilities of one or two labels: {rows[:1]}")
         p_of = dict(zip(where, rows))
-        p = [p_of[position][-1] for position in positions]
-        if not all(len(row) <= 2 and 0 <= row[-1] <= 1 for row in rows):
-            raise ValueError(f"{self.url} sent no probabilities of one or two labels: {rows[0]}")
-        return p
+        return [p_of[position][-1] for position in positions]

@@ -11,6 +11,7 @@ p = softmax(z)_1 = sigmoid(z_1 - z_0), and a linear u passes a ReLU as u = relu(
 """
 import copy
 import re
+from functools import partial
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from transformers import (
 )
 
 from common.models import load_pretrained
+from common.run import expect
 
 KNOWN = """known are: a folder that train.py wrote; Qwen2ForProcessRewardModel (Qwen2.5-Math-PRM); \
 ...ForTokenClassification with one or two labels (TRL, PURE); Qwen2ForPrmModel \
@@ -34,10 +36,12 @@ score. An untrained head on any LM is made by train.py, or shown by prm_model.py
 # ------------------------------------------------------------ their texts, as token ids
 
 class TRL:
-    """TRL's and PURE's tokens: [BOS] question, then each step and the separator, each by itself."""
+    """TRL's and PURE's tokens: [BOS] question, then each step and the separator, each by itself.
+    Skywork tokenises the question together with its line end."""
 
-    def __init__(self, tokenizer, separator):
+    def __init__(self, tokenizer, separator, question_end=""):
         self.tokenizer = tokenizer
+        self.question_end = question_end
         self.separator_ids = self.ids(separator)
         # TRL 1.13 puts a BOS before the question if there is one, even if the tokenizer adds none.
         self.bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -46,17 +50,10 @@ class TRL:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt(self, question):
-        return self.bos + self.ids(question)
+        return self.bos + self.ids(question + self.question_end)
 
     def step(self, step, first):
         return self.ids(step) + self.separator_ids
-
-
-class Skywork(TRL):
-    """As TRL, with the question's line end tokenised together with the question."""
-
-    def prompt(self, question):
-        return self.bos + self.ids(question + "\n")
 
 
 class MathShepherd(TRL):
@@ -94,7 +91,8 @@ class RLHFlow(TRL):
         return self.ids((" " if first else self.later) + step.strip()) + self.separator_ids
 
 
-TEXTS = {"trl": TRL, "skywork": Skywork, "math-shepherd": MathShepherd, "rlhflow": RLHFlow}
+TEXTS = {"trl": TRL, "skywork": partial(TRL, question_end="\n"), "math-shepherd": MathShepherd,
+         "rlhflow": RLHFlow}
 
 # What the card of Qwen/Qwen2.5-Math-PRM-7B asks for: this prompt, and <extra_0> after each step.
 QWEN = {"separator": "<extra_0>", "template": "chat",
@@ -151,8 +149,8 @@ def load_qwen(path, dtype):
 def load_classifier(path, dtype):
     whole = load_pretrained(AutoModelForTokenClassification, path, dtype=dtype)
     head = getattr(whole, "score", None) or whole.classifier
-    if not isinstance(head, nn.Linear) or head.out_features > 2:
-        raise ValueError(f"{path}: its head is {head}, not linear with one or two labels")
+    expect(isinstance(head, nn.Linear) and head.out_features <= 2,
+           f"{path}: its head is {head}, not linear with one or two labels")
     return whole.base_model, fold(head.weight, head.bias)
 
 
@@ -193,9 +191,8 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
     fresh: an LM that is no PRM is wanted, too, without a head. meta: shapes only, no weights.
     """
     layout = layout_of(path, config, template)
-    if not layout and not fresh:
-        raise ValueError(f"{path}: no PRM of a known layout ({config.model_type}, architectures "
-                         f"{config.architectures}); {KNOWN}")
+    expect(layout or fresh, f"{path}: no PRM of a known layout ({config.model_type}, architectures "
+           f"{config.architectures}); {KNOWN}")
     load, form = layout or (None, {"separator": getattr(config, "step_separator", "\n\n")})
     if meta:
         with torch.device("meta"):
@@ -209,12 +206,10 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
 
 def export(prm, folder):
     """Write a PRM as a Qwen2ForProcessRewardModel, which vLLM serves. load_prm reads that, too."""
-    if not hasattr(prm, "backbone"):
-        raise ValueError("--export: the weights of a PRM on a server are not here")
+    expect(hasattr(prm, "backbone"), "--export: the weights of a PRM on a server are not here")
     config = copy.deepcopy(prm.backbone.config)
-    if config.model_type != "qwen2":
-        raise ValueError(f"--export: vLLM has no class for a PRM of type {config.model_type}, only "
-                         "for one of type qwen2")
+    expect(config.model_type == "qwen2", "--export: vLLM has no class for a PRM of type "
+           f"{config.model_type}, only for one of type qwen2")
     config.prm, config.num_labels = prm.format, 2
     with torch.device("meta"):  # made without weights: they are put in place below
         whole = Qwen2ForProcessRewardModel(config)

@@ -4,7 +4,8 @@ import json
 from collections import namedtuple
 from pathlib import Path
 
-from common.data import read_rows
+from common.data import read_rows, solutions_of
+from common.run import expect, located
 
 DOMAINS = ["math", "code"]
 SETS = ["Math", "Math_PRM", "Code", "Code_PRM"]  # as Table 2 calls them
@@ -13,15 +14,9 @@ Response = namedtuple("Response", "domain question text sets")  # sets: names of
 
 def sets_of(domain, selected, correct):
     """The sets of a response: sets_of("math", True, None) -> {"Math", "Math_PRM"}.
-
-    correct: True or False also puts it into "correct only" or "wrong only", None (nobody judged it)
-    into neither."""
-    names = {domain.title()}
-    if selected:
-        names.add(f"{domain.title()}_PRM")
-    if correct is not None:
-        names.add("correct only" if correct else "wrong only")
-    return names
+    correct, unless it is None (nobody judged it): "correct only" or "wrong only", too."""
+    names = {domain.title(), f"{domain.title()}_PRM"} if selected else {domain.title()}
+    return names if correct is None else names | {"correct only" if correct else "wrong only"}
 
 
 def read_sets(files, limit, separator):
@@ -38,31 +33,22 @@ def read_sets(files, limit, separator):
     for k, file in enumerate(files):
         # islice: rows after the limit are not even read
         for number, row in itertools.islice(read_rows(file), limit):
-            try:
+            with located(f"{file}:{number}"):
                 responses += row_responses(row, k, len(files), separator)
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                missing = "no field " if isinstance(error, KeyError) else ""
-                raise ValueError(f"{file}:{number}: {missing}{error}") from None
     return responses
 
 
 def row_responses(row, k, files, separator):
     """The responses of one row of the k-th of `files` files."""
-    if "samples" in row:  # a sample row
-        question, samples = row["question"], row["samples"]
-    else:
-        question, samples = row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
+    question, samples = solutions_of(row)
     domain = row["domain"] if files == 1 else DOMAINS[k * 2 // files]
-    if domain not in DOMAINS:
-        raise ValueError(f"domain: math or code is expected, not {domain!r}")
-    if not isinstance(question, str):
-        raise TypeError(f"the question must be a text, not {question!r:.50}")
+    expect(domain in DOMAINS, f"domain: math or code is expected, not {domain!r}")
+    expect(isinstance(question, str), f"the question must be a text, not {question!r:.50}")
     for i, sample in enumerate(samples):
-        if not isinstance(sample["steps"], list):  # a text would be cut into its letters
-            raise TypeError("a response must be a list of texts")
+        # a text would be cut into its letters
+        expect(isinstance(sample["steps"], list), "a response must be a list of texts")
         text = separator.join(sample["steps"])  # a step that is no text is a TypeError here
-        if not text.strip():
-            raise ValueError("an empty response")
+        expect(text.strip(), "an empty response")
         if files == 4:  # the second and the fourth repeat some of the first and the third
             names = {SETS[k]} if k % 2 else sets_of(domain, False, sample.get("correct"))
         else:
@@ -71,11 +57,9 @@ def row_responses(row, k, files, separator):
 
 
 def need_sets(responses):
-    """ValueError if one of SETS is empty."""
-    # Before the gradients: without one of them there is no Table 2.
-    present = set().union(*(r.sets for r in responses))
-    if missing := [name for name in SETS if name not in present]:
-        raise ValueError("no responses in " + ", ".join(missing))
+    """ValueError if one of SETS is empty: there is no Table 2, and no need of gradients."""
+    missing = set(SETS).difference(*(r.sets for r in responses))
+    expect(not missing, "no responses in " + ", ".join(sorted(missing, key=SETS.index)))
 
 
 def encode(policy, responses):
@@ -84,8 +68,8 @@ def encode(policy, responses):
     for r in responses:
         prompt = list(policy.root("", r.question, r.domain).ids)  # as the policy itself is asked
         ids = prompt + policy.tokenizer(r.text, add_special_tokens=False)["input_ids"]
-        if not 0 < len(prompt) < len(ids):
-            raise ValueError(f"no prompt, or a response without a token: {r.question[:50]!r}")
+        expect(0 < len(prompt) < len(ids),
+               f"no prompt, or a response without a token: {r.question[:50]!r}")
         cut += len(ids) > context
         # What is cut has no A, but the rest of a long response still has a pattern.
         items.append((ids[:context], len(prompt)))

@@ -23,11 +23,14 @@ def sample_rows(problems, searches, strategy, separator):
     for problem, search in zip(problems, searches):
         is_code = problem.domain == "code"
         goal = {"tests": packed(problem.tests)} if is_code else {"answer": problem.answer}
+        cost = {"policy_generated": search.generated}
+        for name in ("policy_prefilled", "prm_tokens", "seconds", "prm_seconds"):
+            cost[name] = round(search.cost[name], 4)
         rows.append({
             "id": problem.id, "domain": problem.domain, "question": problem.question, **goal,
             "strategy": strategy,
             "samples": [sample(search, *x, next(keys), next(verdicts)) for x in search.finished],
-            "cost": costs(search), "overshoot": max(0, search.generated - search.budget)})
+            "cost": cost, "overshoot": max(0, search.generated - search.budget)})
     return rows
 
 
@@ -38,12 +41,6 @@ def sample(search, spent, node, answer, verdict):
     if search.visits:  # MCTS; rolled-out steps have none
         new["visits"] = [search.visits[step] for step in path if search.visits[step]]
     return new
-
-
-def costs(search):
-    return {"policy_generated": search.generated, "policy_prefilled": round(search.prefilled, 1),
-            "prm_tokens": round(search.prm_tokens, 1), "seconds": round(search.seconds, 4),
-            "prm_seconds": round(search.prm_seconds, 4)}
 
 
 def right(row, i):

@@ -4,13 +4,13 @@
     python search.py --strategy auto --tokens 1000      # looks up
 
 A route is a dict of flags of search.py, with the mean tokens "generated" a problem and the
-"accuracy" that were measured with them. router.json lists the routes that no cheaper one reaches.
+"accuracy" that were measured with them.
 """
 import json
 import math
 from pathlib import Path
 
-from common.run import is_first
+from common.run import expect, is_first
 
 MEASURED = ("generated", "accuracy")  # what of a route is no flag
 
@@ -41,11 +41,9 @@ def route(prm, tokens):
 
     A route has a budget and an --until of its own, or none: `tokens` is only looked up.
     """
-    if tokens == math.inf:
-        raise ValueError("--strategy auto needs --tokens, the mean budget of a problem")
+    expect(tokens < math.inf, "--strategy auto needs --tokens, the mean budget of a problem")
     routes = read_routes(prm)
-    if not routes:
-        raise ValueError(f"{prm}/router.json: no such file; paper.figures router makes it")
+    expect(routes, f"{prm}/router.json: no such file; paper.figures router makes it")
     affordable = [r for r in routes if r["generated"] <= tokens] or routes[:1]  # else the cheapest
     best = affordable[-1]
     if is_first():

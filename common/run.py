@@ -9,11 +9,14 @@ import glob
 import json
 import math
 import os
+import pickle
 import re
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import chain
 from pathlib import Path
@@ -41,8 +44,8 @@ def distributed(device=None):
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     on_gpu = device.startswith("cuda")
-    if device != "cpu" and not (on_gpu and torch.cuda.is_available()):
-        raise ValueError(f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
+    expect(device == "cpu" or on_gpu and torch.cuda.is_available(),
+           f"--device {device}: there is none here; cpu, cuda or cuda:N is expected")
     if on_gpu:
         torch.cuda.set_device(device)
     # torchrun with one process makes a group, too: DDP and --fsdp can be tried on one GPU
@@ -54,7 +57,7 @@ def distributed(device=None):
         atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
         # nccl's shutdown waits for the other ranks, which may wait for one that fails
         sys.excepthook = lambda *error, show=sys.excepthook: (show(*error), leave(1))
-    return (dist.get_rank() if dist.is_initialized() else 0), world, device
+    return rank_and_world()[0], world, device
 
 
 def leave(code):
@@ -105,7 +108,7 @@ def show_life(progress):
 
 
 def journaled(out, items, make, names=None, chunk=100, resume=False, desc="problems"):
-    """make(list of items) -> their rows, for all items on all ranks. Rank 0 returns all rows.
+    """make(list of items) -> their rows, for all items on all ranks; every rank returns all rows.
 
     Each item has an id, or `names` gives the ids of its rows. The rows are returned, and written to
     the JSONL file `out` (None: no file), in the order of the items, whatever the number of ranks.
@@ -114,9 +117,9 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     """
     names = names or (lambda item: [item["id"] if isinstance(item, dict) else item.id])
     ids = list(chain.from_iterable(names(item) for item in items))
-    repeated = [name for name, count in Counter(ids).items() if count > 1]
-    if repeated:
-        raise ValueError(f"{len(repeated)} ids occur more than once, {repeated[0]!r} among them")
+    repeated = [repr(name) for name, count in Counter(ids).items() if count > 1]
+    expect(not repeated, f"{len(repeated)} ids occur more than once, {''.join(repeated[:1])} among "
+           "them")
     rank, world = rank_and_world()
     finished = {} if out is None else collect(Path(out), resume, rank)
     # an item with several rows is made again unless all of its rows are there
@@ -131,13 +134,12 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
                     file.write(jsonl(new))  # a kill cuts the last line at most
             progress.update(len(batch))
     finished |= {row["id"]: row for row in chain.from_iterable(gather(rows))}
-    if rank > 0:
-        return []
     rows = [finished.pop(name) for name in ids if name in finished]
-    if out is not None:
+    if out is not None and rank == 0:
         write_rows(out, [*rows, *finished.values()])  # rows of other items stay, at the end
         for part in beside(Path(out), ".part*"):
             part.unlink()
+    gather("rank 0 has written before any rank goes on")
     return rows
 
 
@@ -148,12 +150,9 @@ def collect(out, resume, rank):
     finished = {}
     for file in files if resume else ():
         for number, line in enumerate(whole_lines(file), 1):
-            try:
+            with located(f"{file}:{number}: not a row that --resume could keep"):
                 row = json.loads(line)
                 finished[row["id"]] = row
-            except (ValueError, KeyError, TypeError, RecursionError) as error:
-                raise ValueError(f"{file}:{number}: not a row that --resume could keep "
-                                 f"({error!r})") from error
     gather("every rank has read before rank 0 writes")
     if rank == 0 and files:
         write_rows(out, finished.values())
@@ -189,6 +188,28 @@ def write_rows(file, rows):
     os.replace(partial, file)
 
 
+# what reading a row of another form, or unpacking what is in it, raises
+ROW_ERRORS = (ValueError, LookupError, TypeError, AttributeError, StopIteration, SyntaxError,
+              EOFError, RecursionError, zlib.error, pickle.UnpicklingError)
+
+
+@contextmanager
+def located(place):
+    """What is wrong with a row becomes a ValueError "PLACE: why"."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{place}: no field {error}") from error
+    except ROW_ERRORS as error:
+        raise ValueError(f"{place}: {str(error) or 'not such a row'}") from error
+
+
+def expect(condition, message):
+    """ValueError unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
 class CommandLine(argparse.ArgumentParser):
     """A parser whose errors are one line, without the usage of thirty flags before it.
 
@@ -210,7 +231,6 @@ class CommandLine(argparse.ArgumentParser):
 
     def __enter__(self):
         early.flags_are_fine()
-        return self
 
     def __exit__(self, kind, error, trace):
         if isinstance(error, (ValueError, OSError, ImportError, SafetensorError)):
@@ -255,6 +275,13 @@ def pattern(text):
     return text
 
 
+def new_file(text):
+    """A type of flag: a file to be written, whose folder must be there before any work."""
+    if not Path(text).absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text}: no such folder")
+    return text
+
+
 def need_positive(parser, args, *names):
     """Exit with one line if one of these flags is given and is 0, negative, nan or inf."""
     for name in names:
@@ -263,14 +290,6 @@ def need_positive(parser, args, *names):
             continue  # not given; a default may be inf: no limit
         if not 0 < value < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be positive, not {value}")
-
-
-def need_folder(parser, args, *names):
-    """Exit with one line, before any work, if the folder of a file to be written is missing."""
-    for name in names:
-        file = getattr(args, name, None)
-        if file and not Path(file).absolute().parent.is_dir():
-            parser.error(f"--{name} {file}: no such folder")
 
 
 def add_run_flags(parser, limit=None, summary=True):
@@ -286,33 +305,30 @@ def add_run_flags(parser, limit=None, summary=True):
     a("--resume", action="store_true", help="go on with --out")
     if summary:
         a("--overwrite", action="store_true", help="replace --out")
-        a("--json", help="write the summary here, too")
+        a("--json", type=new_file, help="write the summary here, too")
 
 
 def check_run_flags(parser, args, *positive):
     """Exit with one line if a flag named in `positive` is not positive, or --out is taken."""
     need_positive(parser, args, "limit", *positive)
-    need_folder(parser, args, "json")
     if args.out and not (args.resume or getattr(args, "overwrite", False)):
         for file in begun(Path(args.out)):
             other = "--overwrite" if hasattr(args, "overwrite") else "another --out"
             parser.error(f"{file} exists: pass --resume to go on with it, or {other}")
 
 
+# flags that may change, since no row depends on them
 FREE = ("limit", "concurrent", "no_baseline", "device", "html", "json", "out", "resume",
         "overwrite")
 
 
-def same_flags(parser, args, free=FREE):
-    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps the flags.
-
-    Flags in `free` may change, since no row depends on them.
-    """
+def same_flags(parser, args):
+    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps them."""
     if not args.out or not is_first():
         return
     out = Path(args.out)
     file = Path(f"{out}.flags")
-    flags = {name: value for name, value in vars(args).items() if name not in free}
+    flags = {name: value for name, value in vars(args).items() if name not in FREE}
     with parser:
         if args.resume and begun(out) and file.exists():
             before = json.loads(file.read_text())

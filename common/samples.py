@@ -1,8 +1,7 @@
-"""Sample rows: anybody's are read, checked and judged; ours are made once, in files.
+"""Sample rows (format: common/data.py): anybody's are read, checked and judged; ours are made once.
 
-The format is in common/data.py. A file is named by what it holds, as in best_of_n-16-tiny-A.jsonl;
-the settings that its rows depend on stand beside it (.flags), and rows of other settings are
-refused, not mixed.
+A file is named by what it holds, as in best_of_n-16-tiny-A.jsonl; the settings that its rows depend
+on stand beside it (.flags), and rows of other settings are refused, not mixed.
 """
 import argparse
 import hashlib
@@ -12,48 +11,63 @@ from functools import cached_property
 from itertools import chain
 from pathlib import Path
 
-from common import tasks
+import torch
+
+from common import run, tasks
 from common.converters import one_a_problem, sample_row
-from common.data import plain, read_rows
+from common.data import plain, read_rows, texts
 from common.judge import has_tests
 from common.loaders import check_tests, own_row, unpacked
 from common.policy import load_policy_flags
-from common.run import (
-    TINY,
-    distributed,
-    gather,
-    is_first,
-    journaled,
-    rank_and_world,
-    same_flags,
-)
+from common.run import expect, located
 
 # ---------------------------------------------------------------- anybody's
 
-def check_samples(row, logits=False):
-    """Raise a ValueError that names what the metrics need and this row has not."""
+def check_samples(row, scores="probabilities"):
+    """Raise a ValueError that names what the metrics need and this row has not.
+
+    scores: what those of the samples are, probabilities or logits; None: they are not read.
+    """
     for key, kind in (("id", (str, int)), ("question", str), ("samples", list)):
-        if not isinstance(row.get(key), kind):
-            raise ValueError(f"no {key}")
-    if not row["samples"]:
-        raise ValueError("no samples: no solution was finished within its budget of tokens")
-    if not isinstance(row.get("tests") or {}, dict):
-        raise ValueError("tests: an object is expected")
-    if row.get("domain") not in (None, "", "math", "code"):
-        raise ValueError(f"domain: math or code is expected, not {row['domain']!r}")
-    picked = row.get("picked")
-    if picked is not None and not (isinstance(picked, int) and 0 <= picked < len(row["samples"])):
-        raise ValueError(f"picked: {picked!r} is no index of {len(row['samples'])} samples")
+        expect(isinstance(row.get(key), kind), f"no {key}")
+    expect(row["samples"], "no samples: no solution was finished within its budget of tokens")
+    expect(isinstance(row.get("tests") or {}, dict), "tests: an object is expected")
+    expect(row.get("domain") in (None, "", "math", "code"),
+           f"domain: math or code is expected, not {row.get('domain')!r}")
+    picked, n = row.get("picked"), len(row["samples"])
+    expect(picked is None or isinstance(picked, int) and 0 <= picked < n,
+           f"picked: {picked!r} is no index of {n} samples")
     if row.get("tests"):
         check_tests(unpacked(row["tests"]))  # an unknown kind, or no inputs to try
     for sample in row["samples"]:
-        if not isinstance(sample, dict):
-            raise ValueError("a sample that is no object")
-        check_sample(sample, logits)
+        expect(isinstance(sample, dict), "a sample that is no object")
+        check_sample(sample, scores)
         # search.py --question writes that nothing is correct, since it has no answer
-        if ("correct" not in sample or "strategy" in row) and not can_judge(row):
-            raise ValueError("nothing to judge by: neither correct, nor an answer, nor tests; "
-                             "--task TASK [--data FILE] says where they are")
+        expect("correct" in sample and "strategy" not in row or can_judge(row),
+               "nothing to judge by: neither correct, nor an answer, nor tests; --task TASK "
+               "[--data FILE] says where they are")
+
+
+def check_sample(sample, scores):
+    """The same for one sample of a row."""
+    steps, p = sample.get("steps"), sample.get("scores") if scores else None
+    expect(texts(steps), "a sample without steps, which are texts")
+    if p is not None:
+        expect(isinstance(p, list) and all(isinstance(x, int | float | None) for x in p),
+               "scores: a list of numbers is expected, or null")
+        for x in (x for x in p if x is not None):
+            expect(math.isfinite(x), "scores: a number is not finite")  # it would have no rank
+            expect(scores == "logits" or 0 <= x <= 1,
+                   f"scores: {x} is no probability: --scores logits takes them for logits, "
+                   "p = 1 / (1 + exp(-x)); --score --prm PRM makes new ones")
+        # one: an outcome reward
+        expect(len(p) in (1, len(steps)), f"{len(p)} scores for {len(steps)} steps")
+    expect(sample.get("correct", False) in (True, False), "correct: true or false is expected")
+    tokens = sample.get("tokens", 0)
+    expect(isinstance(tokens, int) and tokens >= 0,
+           f"tokens: a number from 0 upwards is expected, not {tokens!r}")
+    expect(isinstance(sample.get("answer"), str | int | float | None),
+           "answer: a text is expected, or null")
 
 
 def can_judge(row):
@@ -62,81 +76,42 @@ def can_judge(row):
     return bool(tests and has_tests(tests)) or row.get("answer") not in (None, "", [])
 
 
-def check_sample(sample, logits=False):
-    """The same for one sample of a row."""
-    steps, p = sample.get("steps"), sample.get("scores")
-    if not isinstance(steps, list) or not steps or not all(isinstance(x, str) for x in steps):
-        raise ValueError("a sample without steps, which are texts")
-    if p is not None:
-        if not isinstance(p, list) or not all(isinstance(x, int | float | None) for x in p):
-            raise ValueError("scores: a list of numbers is expected, or null")
-        numbers = [x for x in p if x is not None]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError("scores: a number is not finite")  # it would have no rank
-        if not logits and not all(0 <= x <= 1 for x in numbers):
-            wrong = next(x for x in numbers if not 0 <= x <= 1)
-            raise ValueError(f"scores: {wrong} is no probability: --scores logits takes them for "
-                             "logits, p = 1 / (1 + exp(-x)); --score --prm PRM makes new ones")
-        if len(p) not in (1, len(steps)):  # one: an outcome reward
-            raise ValueError(f"{len(p)} scores for {len(steps)} steps")
-    if sample.get("correct", False) not in (True, False):
-        raise ValueError("correct: true or false is expected")
-    tokens = sample.get("tokens", 0)
-    if not (isinstance(tokens, int) and tokens >= 0):
-        raise ValueError(f"tokens: a number from 0 upwards is expected, not {tokens!r}")
-    if not isinstance(sample.get("answer"), str | int | float | None):
-        raise ValueError("answer: a text is expected, or null")
-
-
 def read_samples(args):
     """Sample rows of --samples, anybody's (common/converters.py). "correct" and "answer" may be
     missing: the judge gives them, by the row's answer or tests, or those of --task and --data."""
-    file, logits, rows = args.samples, args.scores == "logits", []
+    file, rows, lines, known = args.samples, [], {}, {}
     named = [task for task in args.task if not task.startswith("tiny")]  # those have their answers
-    if args.data and not named:
-        raise ValueError(f"--data {args.data} beside --samples: --task says what it holds")
-    # by id and by question: other projects number a set's problems in their own way
-    known = {}
-    lines = {}  # {id: line}
+    expect(named or not args.data,
+           f"--data {args.data} beside --samples: --task says what it holds")
     for task in named:
         for p in tasks.load(task, args.data):
+            # by id and by question: other projects number a set's problems in their own way
             known |= {p.id: p, plain(p.question): p}
-    for number, row in one_a_problem((n, converted(file, n, row)) for n, row in read_rows(file)):
-        try:
+    for number, row in one_a_problem(converted(file)):
+        with located(f"{file}:{number}"):
             complete(row, known)
-            # with --score, whatever scores they have are not read
-            check_samples({**row, "samples": unscored(row)} if args.score else row, logits)
-            if (line := lines.setdefault(row["id"], number)) != number:
-                raise ValueError(f"id {row['id']!r} is that of line {line}, too")
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}") from None
+            check_samples(row, None if args.score else args.scores)
+            expect(lines.setdefault(row["id"], number) == number,
+                   f"id {row['id']!r} is that of line {lines[row['id']]}, too")
         row["domain"] = row.get("domain") or ("code" if row.get("tests") else "math")
         rows.append(row)
-    if not rows:
-        raise ValueError(f"{file}: no rows")
+    expect(rows, f"{file}: no rows")
     judge_rows(rows)
     for sample in chain.from_iterable(row["samples"] for row in rows):
-        scores = sample.get("scores")
-        sample["scores"] = None if scores and None in scores else scores  # no PRM: a list of null
-        if sample["scores"] and logits:
-            sample["scores"] = [sigmoid(x) for x in sample["scores"]]
+        p = None if args.score else sample.get("scores")  # with --score they are made anew
+        if p and None in p:  # no PRM has been there
+            p = None
+        if p and args.scores == "logits":
+            p = torch.tensor(p, dtype=torch.double).sigmoid().tolist()
+        sample["scores"] = p
     return rows
 
 
-def sigmoid(x):
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0  # exp(710) overflows
-
-
-def converted(file, number, row):
-    try:
-        return sample_row(row)
-    except ValueError as error:
-        raise ValueError(f"{file}:{number}: {error}") from None
-
-
-def unscored(row):
-    samples = row["samples"] if isinstance(row.get("samples"), list) else []
-    return [{**s, "scores": None} if isinstance(s, dict) else s for s in samples]
+def converted(file):
+    """Yield (line, sample row) of a file in any known form."""
+    for number, row in read_rows(file):
+        with located(f"{file}:{number}"):
+            yield number, sample_row(row)
 
 
 def complete(row, known):
@@ -146,10 +121,10 @@ def complete(row, known):
     problem = problem or known.get(plain(str(row.get("question", ""))))
     programs = [s for s in row.get("samples") or () if isinstance(s, dict) and "steps" not in s
                 and ("solution" in s or "completion" in s)]
-    if known and not problem:  # of another set: to judge only the rest would change the figures
-        raise ValueError(f"id {key!r}: no such problem in --task")
-    if programs and not problem:
-        raise ValueError("programs without tests: --task humaneval+ (or mbpp+, ...) [--data FILE]")
+    # of another set: to judge only the rest would change the figures
+    expect(problem or not known, f"id {key!r}: no such problem in --task")
+    expect(problem or not programs,
+           "programs without tests: --task humaneval+ (or mbpp+, ...) [--data FILE]")
     if problem:
         row["question"], row["id"] = problem.question, problem.id
         for name in ("answer", "tests"):
@@ -162,10 +137,10 @@ def complete(row, known):
 
 def judge_rows(rows):
     """Give each sample that has none "correct" and "answer". Each rank judges its share of rows."""
-    rank, world = rank_and_world()
+    rank, world = run.rank_and_world()
     share = [(own_row(row, 0), "\n\n".join(s["steps"])) for s, row in unjudged(rows[rank::world])]
     right = [verdict.ok for verdict in tasks.judge_many(share)]
-    for other, judged in enumerate(gather(list(zip(right, tasks.vote_keys(share))))):
+    for other, judged in enumerate(run.gather(list(zip(right, tasks.vote_keys(share))))):
         for (s, _), (ok, key) in zip(unjudged(rows[other::world]), judged, strict=True):
             s["correct"], s["answer"] = s.get("correct", ok), s.get("answer", key)
 
@@ -174,24 +149,22 @@ def unjudged(rows):
     """[(sample, its row)] of the samples that lack "correct" or "answer"."""
     pairs = []
     for row in rows:
-        pairs += [(s, row) for s in row["samples"] if "correct" not in s or "answer" not in s]
+        pairs += [(s, row) for s in row["samples"] if not {"correct", "answer"} <= s.keys()]
     return pairs
 
 
 def measurable(rows, names, ns=None):
     """Those of the metrics that these rows have what it takes for; says what is left out.
     ValueError: fewer samples than the largest of ns."""
-    say = print if is_first() else str  # each rank comes here
+    say = print if run.is_first() else str  # each rank comes here
     fewest = min(len(row["samples"]) for row in rows)
-    if ns and max(ns) > fewest:
-        raise ValueError(f"--N {max(ns)}: a problem has {fewest} samples")
+    expect(not ns or max(ns) <= fewest, f"--N {max(ns or [0])}: a problem has {fewest} samples")
     samples = list(chain.from_iterable(row["samples"] for row in rows))
-    scored = all(s["scores"] is not None for s in samples)
-    if not scored:
+    if any(s["scores"] is None for s in samples):
         names = [name for name in names if " by " not in name]
     elif any(len(s["scores"]) < len(s["steps"]) for s in samples):
-        if any(len(s["scores"]) > 1 for s in samples):
-            raise ValueError("some samples have a score for each step, others one in all")
+        expect(all(len(s["scores"]) == 1 for s in samples),
+               "some samples have a score for each step, others one in all")
         say("scores: one for each solution, an outcome reward; all aggregations are the same")
         first = next(name for name in names if name.startswith("prm by"))
         names = [name for name in names if not name.startswith("prm by") or name == first]
@@ -207,7 +180,7 @@ def name_of(path):
     """A short name of a model or file: the last two parts of its path, and of a folder a hash that
     tells x/a/prm from y/a/prm. tiny/A -> tiny-A; runs/a/prm -> a-prm-5d17"""
     name = re.sub(r"[^\w.+-]+", "-", "-".join(Path(path).parts[-2:]))
-    if not Path(path).exists() or Path(path).resolve().parent == TINY:
+    if not Path(path).exists() or Path(path).resolve().parent == run.TINY:
         return name  # a hub id or an address, and what comes with the repository
     digest = hashlib.blake2b(str(Path(path).resolve()).encode(), digest_size=2)
     return f"{name}-{digest.hexdigest()}"
@@ -220,31 +193,6 @@ def written(path):
     files = [path, *sorted(path.glob("*.safetensors"))]
     name = path.resolve() if path.exists() else path  # a hub id stays as it is
     return [str(name), *(f.stat().st_mtime_ns for f in files if f.is_file())]
-
-
-class Once:
-    """The folder --out: a file of rows is made once, and continued after a kill."""
-    SAMPLING = ("temperature", "top_p", "max_solution_tokens", "separator",
-                "policy_model", "dtype", "seed")
-
-    def __init__(self, parser, args):
-        self.parser, self.args, self.made = parser, args, set()
-
-    def rows(self, name, settings, items, make, names=None):
-        """Rows of all items, from OUT/NAME.jsonl or by make(items), over all ranks.
-
-        settings: dict of what the rows depend on beside the sampling flags and --data. --task and
-        --limit are none of it: a file may hold the rows of more problems than are asked for.
-        """
-        file = Path(self.args.out) / f"{name}.jsonl"
-        # with --overwrite a run makes each file once more, then shares it
-        resume = not self.args.overwrite or file in self.made
-        self.made.add(file)
-        settings = {**{flag: getattr(self.args, flag) for flag in self.SAMPLING}, **settings,
-                    "data": self.args.data and written(self.args.data)}
-        same_flags(self.parser, argparse.Namespace(**settings, out=str(file), resume=resume),
-                   free=("out", "resume"))
-        return gather(journaled(file, items, make, names, self.args.concurrent, resume, name))[0]
 
 
 def keep_one(load):
@@ -267,34 +215,32 @@ def load_problems(args, rank):
         for seed in args.seeds if task.startswith("tiny") else [0]:
             problems += tasks.load(task, args.data, None, args.limit, seed)
     judged = [p for p in problems if can_judge(vars(p))]
-    if not judged:
-        raise ValueError(f"--task {' '.join(args.task)}: neither answers nor tests, nothing can be "
-                         "judged")
-    if len(judged) < len(problems) and rank == 0:
+    expect(judged, f"--task {' '.join(args.task)}: neither answers nor tests, nothing can be "
+           "judged")
+    code = [p for p in judged if (p.tests or {}).get("reference")]
+    if rank == 0 and len(judged) < len(problems):
         print(f"left out, without answer and tests: {len(problems) - len(judged)} problems")
-    problems = judged
-    code = [p for p in problems if (p.tests or {}).get("reference")]
-    if code and rank == 0:
-        right, total, failing = tasks.reference_rate(code, progress=True)
-        print(f"reference solutions right: {right} of {total}")
-        for name, why in failing.items():
-            print(f"  {name}: {why}")
-    return problems
+    if rank == 0 and code:
+        tasks.print_references(code)
+    return judged
 
 
 class Bench:
-    """Models and problems, loaded when first needed, and the rows that are made with them.
+    """Models and problems, loaded when first needed, and the rows that are made with them: once, in
+    files of --out, which a run continues after a kill.
 
     load_prm and solve are given: prm_model.py and search.py stand above common/ and import it.
     """
-    # the flags that a strategy's rows depend on
+    # the flags that all rows depend on, and those that a strategy's rows depend on
+    SAMPLING = ("temperature", "top_p", "max_solution_tokens", "separator",
+                "policy_model", "dtype", "seed")
     SEARCHES = {"best_of_n": ("n", "tokens", "until"),
                 "beam": ("k", "m", "textbook", "until"),
                 "mcts": ("m", "simulations", "c", "textbook", "tokens", "until", "aggregate")}
 
     def __init__(self, parser, args, load_prm, solve):
-        self.args, self.once, self.solve = args, Once(parser, args), solve
-        self.rank, _, device = distributed(args.device)
+        self.parser, self.args, self.solve, self.made = parser, args, solve, set()
+        self.rank, _, device = run.distributed(args.device)
         self.policy = keep_one(lambda path: load_policy_flags(args, device, path))
         self.prm = keep_one(lambda path: load_prm(path, device, args.dtype))
 
@@ -302,26 +248,41 @@ class Bench:
     def problems(self):
         return load_problems(self.args, self.rank)
 
+    def once(self, name, settings, items, make, names=None):
+        """Rows of all items, from OUT/NAME.jsonl or by make(items), over all ranks.
+
+        settings: dict of what the rows depend on beside the sampling flags and --data. --task and
+        --limit are none of it: a file may hold the rows of more problems than are asked for.
+        """
+        args, file = self.args, Path(self.args.out) / f"{name}.jsonl"
+        # with --overwrite a run makes each file once more, then shares it
+        resume = not args.overwrite or file in self.made
+        self.made.add(file)
+        settings = {**{flag: getattr(args, flag) for flag in self.SAMPLING}, **settings,
+                    "data": args.data and written(args.data)}
+        run.same_flags(self.parser, argparse.Namespace(**settings, out=str(file), resume=resume))
+        return run.journaled(file, items, make, names, args.concurrent, resume, name)
+
     def run(self, strategy, policy, prm=None, budgets=None, **options):
         """Rows of a strategy; best_of_n without a PRM samples a pool for many PRMs to score.
 
         budgets: {problem id: generated tokens that it may cost}, for the problems named there.
         """
         args = argparse.Namespace(**{**vars(self.args), **options})
+        prms = [prm] if prm else []
+        # whoever reads the rows chooses: their "picked" is no setting
         settings = {name: vars(args).get(name) for name in self.SEARCHES[strategy]}
-        size = {"best_of_n": args.n, "beam": f"{args.k}x{args.m}",
-                "mcts": args.simulations}[strategy]
+        settings |= {"policy": written(policy), "prm": [written(p) for p in prms]}
+        problems, size = self.problems, {"best_of_n": args.n, "beam": f"{args.k}x{args.m}",
+                                         "mcts": args.simulations}[strategy]
         if "tokens" in settings and args.tokens < math.inf:
             size = f"{args.tokens}-tokens"
-        problems, prms = self.problems, [prm] if prm else []
-        # whoever reads the rows chooses: their "picked" is no setting
-        settings |= {"policy": written(policy), "prm": [written(p) for p in prms]}
-
-        def key(p):  # with the budget: another one makes another row
-            return f"{p.id} {budgets[p.id]}" if budgets else p.id
         if budgets is not None:
             problems, size = [p for p in problems if p.id in budgets], "tokens"
             settings["n"] = None
+
+        def key(p):  # with the budget: another one makes another row
+            return f"{p.id} {budgets[p.id]}" if budgets else p.id
 
         def make(problems):
             limits = [budgets[p.id] for p in problems] if budgets else None
@@ -329,43 +290,35 @@ class Bench:
             _, rows = self.solve(problems, strategy, *models, args, limits)
             return [row | {"id": key(p)} for row, p in zip(rows, problems)]
         name = "-".join([strategy, str(size), *map(name_of, [policy, *prms])])
-        return self.once.rows(name, settings, problems, make, lambda p: [key(p)])
+        return self.once(name, settings, problems, make, lambda p: [key(p)])
 
-    def same_tokens(self, pool, policy, prm, *searches):
-        """The pool, with more samples until each problem has cost what its dearest search did."""
-        dearest, short = {}, {}
-        for row in chain(*searches):
-            tokens = max(1, row["cost"]["policy_generated"])
-            dearest[row["id"]] = max(tokens, dearest.get(row["id"], 0))
+    def same_tokens(self, pool, policy, prm, search):
+        """The pool, with more samples until each problem has cost what its search did."""
+        cost = {row["id"]: max(1, row["cost"]["policy_generated"]) for row in search}
+        short = {}
         for row in pool:
-            if sum(s["tokens"] for s in row["samples"]) < dearest[row["id"]]:
-                short[row["id"]] = dearest[row["id"]]
-        extended = {row["id"]: row for row in self.run("best_of_n", policy, prm, budgets=short)}
+            if sum(s["tokens"] for s in row["samples"]) < cost[row["id"]]:
+                short[row["id"]] = cost[row["id"]]
+        longer = {row["id"]: row for row in self.run("best_of_n", policy, prm, budgets=short)}
         rows = []
         for row in pool:
-            longer = extended.get(f"{row['id']} {short.get(row['id'])}", row)
-            rows.append({**longer, "id": row["id"]})
+            more = longer.get(f"{row['id']} {short.get(row['id'])}", row)
+            rows.append({**more, "id": row["id"]})
         return rows
 
     def scored(self, pool, policy, prm):
         """The pool's rows with another PRM's scores. policy: whose samples, or the file of them."""
         def make(batch):
-            distinct = {}  # equal samples are scored once
+            pairs = {}  # of each row
             for row in batch:
-                for s in row["samples"]:
-                    distinct[row["question"], tuple(s["steps"])] = None
+                pairs[row["id"]] = [(row["question"], tuple(s["steps"])) for s in row["samples"]]
+            distinct = dict.fromkeys(chain(*pairs.values()))  # equal solutions are scored once
             p = dict(zip(distinct, self.prm(prm).score(*zip(*distinct))))
-            rows = []
-            for row in batch:
-                scores = [p[row["question"], tuple(s["steps"])] for s in row["samples"]]
-                rows.append({"id": row["id"], "scores": scores})
-            return rows
-        n = len(pool[0]["samples"])
-        scores = self.once.rows(
-            f"scores-{n}-{name_of(policy)}-{name_of(prm)}",
-            {"policy": written(policy), "prm": written(prm), "n": n}, pool, make)
-        rows = []
-        for row, new in zip(pool, scores, strict=True):
+            return [{"id": name, "scores": [*map(p.get, of)]} for name, of in pairs.items()]
+        n, rows = len(pool[0]["samples"]), []
+        settings = {"policy": written(policy), "prm": written(prm), "n": n}
+        name = f"scores-{n}-{name_of(policy)}-{name_of(prm)}"
+        for row, new in zip(pool, self.once(name, settings, pool, make), strict=True):
             pairs = zip(row["samples"], new["scores"], strict=True)
             rows.append({**row, "samples": [{**s, "scores": p} for s, p in pairs]})
         return rows

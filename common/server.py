@@ -4,8 +4,7 @@
     python search.py --strategy beam --policy http://localhost:8000/v1 \\
         --policy-model Qwen/Qwen2.5-7B-Instruct --prm runs/prm --task gsm8k
 
-The server keeps a prefix cache of its own, and what that spares cannot be seen from here:
-`prefilled` stays 0. Retries, timeouts and OPENAI_API_KEY are the openai client's business.
+The server's own prefix cache cannot be seen from here: `prefilled` stays 0.
 """
 import json
 import os
@@ -14,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
+from common.run import expect
 from common.thinking import END, split_thought, thought_of
 
 
@@ -100,8 +100,7 @@ class ServerPolicy:
         # the seed is the first sample's key, so that a rerun draws the same
         reply = answered(self.client, lambda: self.client.completions.create(
             model=self.served, n=n, seed=key % (1 << 31), logprobs=0, **self.sampling, **request))
-        if not reply.choices:
-            raise ValueError(f"{self.url} sent no choices")
+        expect(reply.choices, f"{self.url} sent no choices")
         for choice in reply.choices:
             choice.logps = self._logps(choice, reply)
         return reply.choices
@@ -110,9 +109,8 @@ class ServerPolicy:
         """Without logprobs (`transformers serve`) a lone choice still has its number of tokens."""
         values = choice.logprobs.token_logprobs if choice.logprobs else None
         if values is None:
-            if len(reply.choices) > 1 or not reply.usage:
-                raise ValueError(f"{self.url} sent no logprobs, so tokens cannot be counted: start "
-                                 "it with them on")
+            expect(len(reply.choices) == 1 and reply.usage, f"{self.url} sent no logprobs, so "
+                   "tokens cannot be counted: start it with them on")
             return [float("nan")] * reply.usage.completion_tokens
         return [value or 0.0 for value in values]
 

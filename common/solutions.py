@@ -1,10 +1,4 @@
-"""Plumbing of annotate.py: where solutions come from, and what becomes of them.
-
-Solution       one solution, from its problem to its labels
-collect()      the solutions to label: those of --data, or empty ones that will be sampled
-judge_votes()  an LLM that reads solutions as an annotator
-report()       writes the labelled solutions, prints a summary, writes all figures to --json
-"""
+"""Plumbing of annotate.py: where solutions come from, and what becomes of them."""
 import itertools
 import json
 import re
@@ -17,7 +11,7 @@ from pathlib import Path
 from common import tasks
 from common.data import first_wrong, plain, read_set
 from common.loaders import gold_answer
-from common.run import write_rows
+from common.run import expect, write_rows
 
 
 @dataclass(eq=False)
@@ -96,10 +90,10 @@ def given_solutions(files, problems, limit=None, neutral="good"):
     known = {plain(p.question): p for p in problems}
     groups, used = {}, Counter()
     for file in files:
-        for where, row in itertools.islice(read_set(file, "auto", neutral), limit):
+        for where, row in itertools.islice(read_set(file, neutral), limit):
             domain = row.get("domain") or "math"
-            if domain not in ("math", "code") or not isinstance(row.get("id", ""), (str, int)):
-                raise ValueError(f"{where}: domain: math or code is expected, id: a text")
+            expect(domain in ("math", "code") and isinstance(row.get("id", ""), (str, int)),
+                   f"{where}: domain: math or code is expected, id: a text")
             question = plain(row["prompt"])
             if question not in known:
                 known[question] = tasks.Problem(f"q{len(known)}", row["prompt"], domain)
@@ -113,8 +107,7 @@ def given_solutions(files, problems, limit=None, neutral="good"):
             groups.setdefault(question, []).append(
                 Solution(problem, name, row.get("source") or file, row["completions"],
                          given=True, label=first_wrong(row["labels"])))
-    if not groups:
-        raise ValueError(f"{' '.join(files)}: no rows")
+    expect(groups, f"{' '.join(files)}: no rows")
     return list(groups.values())
 
 
@@ -145,46 +138,48 @@ def parse_verdict(text, T):
 
 # ---------------------------------------------------------------- what became of them
 
-def agreement(voted):
+def counts(voted):
+    """What became of solutions that were voted on."""
+    kept = [r for r in voted if not r["dropped"]]
+    return {"voted on": len(voted), "kept": len(kept),
+            "share": round(len(kept) / max(1, len(voted)), 4),
+            "labels": sum(len(r["labels"]) for r in kept),
+            "with an error": sum(r["first_error"] >= 0 for r in kept)}
+
+
+def counts_by(voted, key):
+    """{value of key: counts of the solutions that have it}"""
+    groups = {}
+    for r in sorted(voted, key=key):
+        groups.setdefault(str(key(r)), []).append(r)
+    return {name: counts(group) for name, group in groups.items()}
+
+
+def agreement(voted, names):
     """{"A / B": the share of solutions on which A and B vote the same}, where nobody abstains."""
-    names = voters_of(voted)
-    pairs = {pair: [] for pair in itertools.combinations(names, 2)}
-    for r in voted:
-        if any(r["votes"].get(name) is None for name in names):
-            continue  # otherwise pairs would be compared on different solutions
-        for a, b in pairs:
-            pairs[a, b].append(r["votes"][a] == r["votes"][b])
-    return {f"{a} / {b}": round(statistics.fmean(same), 4)
-            for (a, b), same in pairs.items() if same}
-
-
-def voters_of(voted):
-    """The names of all who voted, in order."""
-    return list(dict.fromkeys(itertools.chain.from_iterable(r["votes"] for r in voted)))
+    # otherwise pairs would be compared on different solutions
+    votes = [r["votes"] for r in voted if None not in map(r["votes"].get, names)]
+    shares = {}
+    for a, b in itertools.combinations(names, 2) if votes else ():
+        shares[f"{a} / {b}"] = round(statistics.fmean(v[a] == v[b] for v in votes), 4)
+    return shares
 
 
 def summarise(records):
     """Figures of all solutions: how many were kept, why others were dropped, who agrees."""
     voted = [r for r in records if r["votes"]]
-    kept = [r for r in records if not r["dropped"]]
-    abstentions = Counter()
-    for name in voters_of(voted):
-        abstentions[name] = sum(r["votes"].get(name) is None for r in voted)
-
-    def share(key):
-        """Kept solutions of those voted on, by the value of key."""
-        of, part = Counter(map(key, voted)), Counter(map(key, kept))
-        return {str(x): round(part[x] / of[x], 4) for x in sorted(of)}
-    return {"solutions": len(records), "voted on": len(voted), "kept": len(kept),
-            "labels": sum(len(r["labels"]) for r in kept),
-            "solutions with an error": sum(r["first_error"] >= 0 for r in kept),
-            "dropped": dict(Counter(r["dropped"] for r in records if r["dropped"])),
-            "verdicts": dict(Counter(r["why"] for r in records)),
+    names = list(dict.fromkeys(itertools.chain.from_iterable(r["votes"] for r in voted)))
+    abstentions = Counter(dict.fromkeys(names, 0))
+    for r in voted:
+        abstentions.update(name for name in names if r["votes"].get(name) is None)
+    return {"solutions": len(records), **counts(voted),
+            "dropped": Counter(r["dropped"] for r in records if r["dropped"]),
+            "verdicts": Counter(r["why"] for r in records),
+            "by domain": counts_by(voted, itemgetter("domain")),
+            "by source": counts_by(voted, itemgetter("source")),
+            "by steps": counts_by(voted, lambda r: len(r["completions"])),
+            "agreement": agreement(voted, names), "abstentions": abstentions,
             "timeouts": sum(r["timeouts"] for r in records),
-            "kept by source": share(lambda r: r["source"]),
-            "kept by domain": share(lambda r: r["domain"]),
-            "kept by steps": share(lambda r: len(r["completions"])),
-            "agreement": agreement(voted), "abstentions": dict(abstentions),
             "rollouts": sum(r["rollouts"] for r in records)}
 
 
@@ -200,17 +195,12 @@ def show(record):
     print(f"first wrong step, counted from 0: {votes}\n")
 
 
-def table(records, summary):
+def table(summary):
     """Print the summary in a few lines."""
     print(f"{'':<24}{'voted on':>10}{'kept':>8}{'share':>8}{'steps':>8}{'with an error':>15}")
-    for key in ("domain", "source"):
-        for name, share in summary[f"kept by {key}"].items():
-            group = [r for r in records if r["votes"] and r[key] == name]
-            kept = [r for r in group if not r["dropped"]]
-            steps = sum(len(r["labels"]) for r in kept)
-            wrong = sum(r["first_error"] >= 0 for r in kept)
-            print(f"  {name[-22:]:<22}{len(group):>10}{len(kept):>8}{share:>8.2f}{steps:>8}"
-                  f"{wrong:>15}")
+    for name, n in [*summary["by domain"].items(), *summary["by source"].items()]:
+        print(f"  {name[-22:]:<22}{n['voted on']:>10}{n['kept']:>8}{n['share']:>8.2f}"
+              f"{n['labels']:>8}{n['with an error']:>15}")
     reasons = ", ".join(f"{n} {why}" for why, n in summary["dropped"].items())
     print(f"{summary['solutions']} solutions, dropped: {reasons or 'none'}")
     for title, figures in (("two voters agree", summary["agreement"]),
@@ -238,7 +228,7 @@ def report(records, voters, args, seconds):
                 "seconds": seconds, "seconds per label": seconds / max(1, summary["labels"])}
     for record in [r for r in kept if r["first_error"] >= 0][:1]:  # one to look at
         show(record)
-    table(records, summary)
+    table(summary)
     if args.out:
         write_rows(args.out, [dict(zip(FIELDS, itemgetter(*FIELDS)(r))) for r in kept])
         print(f"written: {args.out}, {len(kept)} labelled solutions; {args.out}.votes, all votes")

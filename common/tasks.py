@@ -10,11 +10,7 @@ A *whole solution text* is judged. Math: its final answer is compared with the g
 program is run against the tests, in the sandbox of judge.py, whose docstring says what that leaves
 open.
 """
-import contextlib
-import pickle
 import random
-import time
-import zlib
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 
@@ -24,7 +20,7 @@ from common.data import hub_rows, read_rows
 from common.judge import extract_code
 from common.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401 (others: Problem)
 from common.notation import normalise
-from common.run import command_line
+from common.run import command_line, expect, located
 
 
 @dataclass
@@ -45,13 +41,12 @@ def judge_many(items, workers=None, progress=False):
     reasons = iter(judge.judge_many(programs, workers, progress))
     verdicts = []
     for problem, _ in items:
-        answer = None
         if problem.domain == "code":
-            why = next(reasons)
+            answer, why = None, next(reasons)
         else:
             (gold, answer), right = next(equal)
-            missing = "no answer" if answer is None else "no gold answer"
-            wrong = missing if None in (gold, answer) else "wrong answer"
+            known = "wrong answer" if gold is not None else "no gold answer"
+            wrong = known if answer is not None else "no answer"
             why = "ok" if right else wrong
         verdicts.append(Verdict(why == "ok", answer, why))
     return verdicts
@@ -98,8 +93,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
     """
     if ":" in task:
         task, _, split = task.partition(":")
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; there are {', '.join(TASKS)}")
+    expect(task in TASKS, f"unknown task {task!r}; there are {', '.join(TASKS)}")
     first, last = "", ""  # contest dates
     if task == "livecodebench" and ":" in (split or ""):
         first, _, last = split.partition(":")
@@ -116,8 +110,7 @@ def load(task, data=None, split=None, limit=None, seed=0):
             continue  # its rows are solutions, many to a problem
         problems.append(problem)
         questions.add(problem.question)
-    if not problems:
-        raise ValueError(f"{data or name}: no problems")
+    expect(problems, f"{data or name}: no problems")
     return drawn(problems, limit, seed)
 
 
@@ -144,8 +137,8 @@ def task_rows(task, data, split, limit, seed):
         return hub_rows(name, kind, data_files=path, split="train")
     from tiny import world  # a floor above this one
 
-    if split not in world.STEPS:
-        raise ValueError(f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
+    expect(split in world.STEPS,
+           f"{task}: no split {split!r}; there are {', '.join(world.STEPS)}")
     n = 100 if limit is None else limit
     rows = world.problems(task.removeprefix("tiny-"), split=split, n=n, seed=seed)
     return ((f"{task}:{n}", row) for n, row in enumerate(rows, 1))
@@ -154,42 +147,20 @@ def task_rows(task, data, split, limit, seed):
 def to_problem(task, name, where, row, number):
     """The Problem of a row, by the task's row function or from this project's own form.
     name: of the task and its split, for rows that have no id."""
-    try:
+    with located(where):
         own = "id" in row and "question" in row and ("answer" in row or "tests" in row)
         likely = () if own else likely_tasks(row)
-        if likely and task not in likely:
-            raise ValueError(f"this is no row of {task} but of {' or '.join(likely)}: pass --task")
+        expect(not likely or task in likely,
+               f"this is no row of {task} but of {' or '.join(likely)}: pass --task")
         problem = (own_row if own else TASKS[task][0])(row, number)
-        if not problem.question.strip():
-            raise ValueError("empty question")
+        expect(problem.question.strip(), "empty question")
         if not own and problem.id == str(number):
             problem.id = f"{name}-{number}"  # a row without id: other tasks have numbers, too
         return problem
-    except (LookupError, TypeError, ValueError, AttributeError, StopIteration, SyntaxError,
-            zlib.error, EOFError, RecursionError, pickle.UnpicklingError) as error:
-        reason = str(error) or "not a row of this task"
-        if isinstance(error, KeyError):
-            reason = f"no field {error}{others(task, row)}"
-        raise ValueError(f"{where}: {reason}") from None
-
-
-def others(task, row):
-    """Which tasks a row of another one looks like, for the message."""
-    names = []
-    for name, (make, *_) in TASKS.items():
-        with contextlib.suppress(Exception):  # a row function may fail in any way on such a row
-            make(row, 0)
-            names.append(name)
-    return f": it is no row of {task}; --task {' or '.join(names)} can read it" if names else ""
 
 
 def reference_rate(problems, progress=False):
-    """Judge the reference solutions -> (passed, number of references, {failing id: why}).
-
-    Look at this before scoring a benchmark. A reference that fails says something about this
-    machine (a missing library, a slow disk) or about the data (several right answers), not about a
-    model.
-    """
+    """Judge the reference solutions -> (passed, number of references, {failing id: why})."""
     solutions = []
     for p in problems:
         if p.domain == "math" and p.answer is not None:
@@ -200,6 +171,15 @@ def reference_rate(problems, progress=False):
     verdicts = judge_many(solutions, progress=progress)
     failing = {p.id: v.why for (p, _), v in zip(solutions, verdicts) if not v.ok}
     return sum(v.ok for v in verdicts), len(solutions), failing
+
+
+def print_references(problems):
+    """To be seen before a benchmark is scored: a reference that fails says something about this
+    machine (a missing library, a slow disk) or the data (several right answers), not of a model."""
+    right, total, failing = reference_rate(problems, progress=True)
+    print(f"reference solutions right: {right} of {total}")
+    for name, why in failing.items():
+        print(f"  {name}: {why}")
 
 
 def main(argv=None):
@@ -215,12 +195,8 @@ def main(argv=None):
     for p in problems[:2]:
         goal = p.answer if p.domain == "math" else str(p.tests)[:300]
         print(f"[{p.id}] {p.question.strip()}\n  -> {goal}\n")
-    start = time.monotonic()
-    right, total, failing = reference_rate(problems, progress=True)
-    print(f"{len(problems)} problems; reference solutions right: {right} of {total}, "
-          f"{time.monotonic() - start:.1f} s")
-    for name, why in failing.items():
-        print(f"  {name}: {why}")
+    print(f"{len(problems)} problems")
+    print_references(problems)
 
 
 if __name__ == "__main__":

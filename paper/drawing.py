@@ -6,9 +6,11 @@ named at their right ends, a thing has one colour in all figures, and what has n
 import json
 import re
 import statistics
+from itertools import chain
 from pathlib import Path
 
 from common.metrics import over_runs
+from common.run import expect
 
 COLOURS = {"majority": "#b86e00", "single": "#6b6b6b", "best-of-N": "#0063a8", "beam": "#007a5a",
            "MCTS": "#b8321a", "pass": "#3a96d0", "ASLAF": "#7b3294", "consensus": "#7b3294",
@@ -37,13 +39,10 @@ def exact(series, x, value, **more):  # a point without an interval
 
 def write_table(name, points, out, x_label, _, y_label):
     """The points as OUT/NAME.jsonl, and as a Markdown table in OUT/NAME.md, which is returned."""
-    if not points:
-        raise ValueError(f"{name}: there is nothing to draw")
+    expect(points, f"{name}: there is nothing to draw")
     Path(out).mkdir(parents=True, exist_ok=True)
     (Path(out) / f"{name}.jsonl").write_text("".join(json.dumps(p) + "\n" for p in points))
-    more = {}  # further columns, in order; a dict, for a set has none
-    for p in points:
-        more |= dict.fromkeys(p)
+    more = dict.fromkeys(chain.from_iterable(points))  # further columns, in order
     more = [key for key in more if key not in ("series", "x", "value", "low", "high")]
     table = ["| " + " | ".join(["", x_label, y_label, "95 %", *more]) + " |",
              "|---" * (4 + len(more)) + "|"]
@@ -113,14 +112,10 @@ def save(figure, file, dpi):
     """FILE.png and FILE.svg, within a matplotlib.rc_context(STYLE)."""
     figure.savefig(f"{file}.png", dpi=dpi)
     unsaid = dict.fromkeys(["Date", "Creator", "Format", "Type"])  # the same bytes every time
-    figure.savefig(f"{file}.svg", metadata=unsaid)
-    shrink(Path(f"{file}.svg"))
-
-
-def shrink(file):
-    """Two decimals, and a path on one line: half the size of the SVG."""
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", file.read_text())
-    file.write_text(re.sub(r" ?\n(?=[LQCz])", " ", text).replace(' \n"', '"'))
+    figure.savefig(svg := Path(f"{file}.svg"), metadata=unsaid)
+    # two decimals, and a path on one line: half the size
+    text = re.sub(r"(\d\.\d\d)\d+", r"\1", svg.read_text())
+    svg.write_text(re.sub(r" ?\n(?=[LQCz])", " ", text).replace(' \n"', '"'))
 
 
 def subtitle(points):
@@ -187,12 +182,10 @@ def spread(heights, gap, high):
 def name_lines(ax, lines, others):
     """Each line's name right of the axes at the height of its end, pushed apart where they meet."""
     low, high = ax.get_ylim()
-    gap, ends = 0.062 * (high - low), []  # a line of text is that high
-    for line, points in lines.items():
-        last = max(points, key=lambda p: p["x"])
-        ends.append((last["value"], last["x"], line))
-    ends.sort()
-    heights = spread([y for y, _, _ in ends], gap, high)
+    last = {line: max(points, key=lambda p: p["x"]) for line, points in lines.items()}
+    ends = sorted((p["value"], p["x"], line) for line, p in last.items())
+    # a line of text is 0.062 of the axes high
+    heights = spread([y for y, _, _ in ends], 0.062 * (high - low), high)
     for (y, x, line), height in zip(ends, heights):
         tint = colour(line, others)
         text = line.replace(", corrected", "").replace(", not corrected", " (not)")

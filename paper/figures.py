@@ -30,7 +30,7 @@ from common.data import first_wrong
 from common.metrics import over_runs
 from common.models import names_folder
 from common.policy import add_policy_flags
-from common.run import TINY, add_run_flags, command_line, need_positive
+from common.run import TINY, add_run_flags, command_line, expect, need_positive
 from common.samples import Bench
 from evaluate import check, maj_at, pass_at, powers, prm_at
 from paper.drawing import draw, exact, point, write_table
@@ -149,9 +149,9 @@ def fig6(bench, args):
                     groups["corrected"].append((row, s["scores"], says, s["steps"]))
                 elif not s["correct"] and not says and low:
                     groups["not corrected"].append((row, s["scores"], low, s["steps"]))
-        if not (noticed := groups["corrected"]):
-            raise ValueError(f"{label} notices no mistake of {corrections} corrected ones: "
-                             "raise --limit or --n")
+        noticed = groups["corrected"]
+        expect(noticed, f"{label} notices no mistake of {corrections} corrected ones: raise "
+               "--limit or --n")
         # in full: the solution whose p moves most
         row, scores, _, steps = max(noticed, key=lambda x: max(x[1]) - min(x[1]))
         if bench.rank == 0:
@@ -203,8 +203,7 @@ def curves(bench, args):
     for label, paths in named(args.prms).items():
         for path in paths:
             name, log = label if len(paths) == 1 else Path(path).name, training_log(path)
-            if not log:
-                raise ValueError(f"{path}/log.jsonl: no such file, or nothing in it")
+            expect(log, f"{path}/log.jsonl: no such file, or nothing in it")
             for kind, key in [("train", "loss"), *(("eval", key) for key in keys)]:
                 points += [exact(f"{name}, {kind} {key}", row["step"], row[key])
                            for row in log.get(kind, ()) if row[key] is not None]

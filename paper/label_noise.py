@@ -23,7 +23,8 @@ from common.data import first_wrong, read_rows
 from common.loaders import own_row
 from common.metrics import interval
 from common.policy import load_policy
-from common.run import TINY, command_line, need_folder, write_rows
+from common.results import by_domain
+from common.run import TINY, command_line, located, new_file, write_rows
 from common.solutions import Solution, hard_labels
 from tiny import world
 
@@ -107,16 +108,16 @@ def searches(records, policy, k):
                  for r in records]
     print(f"   {'':<34}{'label noise':>17}   {'wrong position':>17}   solutions   "
           "rollouts a solution")
-    out, base = {}, None
+    out, linear = {}, None
     for name, search, early in (("linear scan", linear_scan, False),
                                 ("binary search", first_wrong_steps, False),
                                 ("binary search, early stopping", first_wrong_steps, True)):
         votes = rollout_votes(policy, solutions, k, search, early)
         mean, low, high = cost = interval([vote["rollouts"] for vote in votes])
-        base = base or mean  # that of the linear scan
+        linear = linear or mean
+        text = f"   {mean:.2f} ± {(high - low) / 2:.2f} ({mean / linear:.0%})"
         problems = noise([(r, vote["first_error"]) for r, vote in zip(records, votes)])
-        text = f"   {mean:.2f} ± {(high - low) / 2:.2f} ({mean / base:.0%})"
-        out[name] = line(name, problems, text) | {"rollouts": cost, "of linear": mean / base}
+        out[name] = line(name, problems, text) | {"rollouts": cost, "of linear": mean / linear}
     return out
 
 
@@ -153,19 +154,14 @@ def main(argv=None):
     a("--k", type=int, default=8, help="rollouts a prefix")
     a("--limit", type=int, help="solutions of each domain")
     a("--seed", type=int, default=0, help="of the rollouts, and of --write")
-    a("--json", help="write the figures here")
+    a("--json", type=new_file, help="write the figures here")
     args = parser.parse_args(argv)
-    need_folder(parser, args, "json")
     with parser:
-        try:
+        with located(f"{args.votes}: not votes on the tiny world's problems"):
             records = read_votes(args.votes)
-        except (ValueError, KeyError) as error:
-            raise ValueError(f"{args.votes}: not votes on the tiny world's problems ({error})") \
-                from error
         policy = load_policy(args.policy, seed=args.seed) if args.searches else None
     out = {}
-    for domain in sorted({r["domain"] for r in records}, reverse=True):  # math, code
-        group = [r for r in records if r["domain"] == domain]
+    for domain, group in by_domain(records).items():
         out[domain] = measure(domain, group, args.consensus)
         if args.searches:
             out[domain]["searches"] = searches(group[:args.limit], policy, args.k)

@@ -198,9 +198,8 @@ def router(bench, args):
                   "seeds": args.seeds, "routes": best}
         file.write_text(json.dumps(result, indent=1) + "\n")
         print(f"{file}: copy it beside the PRM for search.py --strategy auto --tokens B")
-    points = []
+    points, names = [], (*FLAGS, "tokens")
     for r in best:
-        names = (*FLAGS, "tokens")
         more = {name: r.get(name) for name in names}
         points.append(exact("all, router", r["generated"], r["accuracy"], problems=n, **more))
     return points
