@@ -27,7 +27,7 @@ from pathlib import Path
 from common import run, tasks
 from common.data import first_wrong
 from common.policy import add_policy_flags, load_policy_flags
-from common.solutions import collect, hard_labels, judge_votes, report
+from common.solutions import collect, hard_labels, judge_votes, report, warn_if_none_is_right
 
 
 def soft_label(c, k):
@@ -291,6 +291,7 @@ def main(argv=None):
         def make(groups):
             write_solutions(sampler, groups)
             solutions = candidates(groups, sampler.separator, args.keep_unanimous)
+            warn_if_none_is_right(list(itertools.chain.from_iterable(groups)))
             annotate(solutions, voters, judge, args.k, args.labels, args.consensus,
                      args.vote_labels)
             return [s.record() for s in itertools.chain.from_iterable(groups)]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import tasks
 from common.data import first_wrong, plain, read_set
+from common.driver import warn_once
 from common.loaders import gold_answer
 from common.run import expect, write_rows
 
@@ -109,6 +110,16 @@ def given_solutions(files, problems, limit=None, neutral="good"):
                          given=True, label=first_wrong(row["labels"])))
     expect(groups, f"{' '.join(files)}: no rows")
     return list(groups.values())
+
+
+def warn_if_none_is_right(solutions):
+    """A gold answer of a form that no LLM gives makes all solutions wrong: say so before hours."""
+    if len(solutions) >= 20 and not any(s.ends_right for s in solutions):
+        first = solutions[0]
+        expected = str(first.problem.answer or "to pass its tests")[-60:]
+        warn_once(f"warning: none of the first {len(solutions)} solutions is right. To "
+                  f"{first.problem.id} {expected!r} is expected, the first solution ends in "
+                  f"{''.join(first.steps)[-60:]!r}")
 
 
 # ---------------------------------------------------------------- an LLM that reads solutions

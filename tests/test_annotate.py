@@ -14,7 +14,7 @@ import annotate
 from annotate import consensus, first_wrong_steps, linear_scan, monte_carlo, rollout_votes
 from common import tasks
 from common.node import Node
-from common.solutions import Solution, collect, parse_verdict
+from common.solutions import Solution, collect, parse_verdict, warn_if_none_is_right
 
 # ---------------------------------------------------------------- the searches, on known truths
 
@@ -212,6 +212,18 @@ def test_outcome_labels_are_the_answers_and_need_no_rollout(right, want):
     solution.ends_right = right
     annotate.annotate([solution], {"A": Script({})}, labels="outcome")
     assert (solution.labels, solution.rollouts) == (want, 0)
+
+
+def test_a_run_in_which_nothing_is_right_says_so(capsys):
+    """Gold answers in another form: without the warning the rollouts of a night would be spent on them."""
+    wrong = [seven("ab") for _ in range(20)]
+    warn_if_none_is_right(wrong[:19])
+    warn_if_none_is_right([*wrong[:19], seven("ab", ends_right=True)])
+    assert capsys.readouterr().err == ""
+    warn_if_none_is_right(wrong)
+    assert capsys.readouterr().err == (
+        f"warning: none of the first 20 solutions is right. To {SEVEN.id} {SEVEN.answer!r} is expected, the first "
+        "solution ends in 'ab'\n")
 
 
 # ---------------------------------------------------------------- the script
