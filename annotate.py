@@ -257,6 +257,8 @@ def parse(argv):
     add_policy_flags(parser, without=["--separator"])
     run.add_run_flags(parser, limit=50)
     args = parser.parse_args(argv)
+    if args.labels == "outcome":
+        del args.policies[1:]  # nobody but the sampler is asked
     run.check_run_flags(parser, args, "k", "samples", "concurrent")
     most = len(args.policies) + bool(args.judge) + bool(args.vote_labels)
     if args.consensus not in ["all", "majority", *map(str, range(1, most + 1))]:

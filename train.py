@@ -15,10 +15,10 @@ the step and the micro-batch's number: two ranks do exactly what one rank does w
 accumulation, and no generator's state needs to be saved. Soft labels (annotate.py --labels soft)
 are used as they are.
 
-Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps.
+Shapes: B rows of a micro-batch, T tokens (padded on the right), M labelled steps. With
+--freeze-backbone a row's T entries are states of h numbers, one a label, in place of tokens.
 """
 import common.early  # noqa: F401  answers --help before what is slow to import
-import json
 import math
 import time
 from functools import partial
@@ -39,6 +39,7 @@ from common.checkpoint import (
     save_checkpoint,
     save_prm,
     shard,
+    write_log,
 )
 from common.data import load_data, split
 from common.examples import HeadOnly, encode_rows, get_batch, keep_states, label_text, plan
@@ -116,14 +117,10 @@ def train(args, stop):
     torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
 
     def log(kind, step, **figures):
-        if master:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
-            short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
-            words = [f"{name} {value}" for name, value in short.items() if value is not None]
-            if kind == "train":  # the validations come on top
-                words.append(f"left {figures['seconds'] / step * (len(plans) - step) / 60:.1f} min")
-            print(f"{kind} {step} of {len(plans)}:", *words, flush=True)
+        more = []
+        if kind == "train":  # the validations come on top
+            more = [f"left {figures['seconds'] / step * (len(plans) - step) / 60:.1f} min"]
+        write_log(out, kind, step, figures, f" of {len(plans)}", more)
 
     if args.resume and any(row["kind"] == "end" for row in read_log(out)):
         print(f"{out}: this run has ended already")
@@ -140,7 +137,7 @@ def train(args, stop):
                    dropout=args.dropout).train()
     config = prm.backbone.config
     if args.freeze_backbone:
-        prm.backbone.requires_grad_(False)
+        prm.backbone.requires_grad_(False).eval()  # no dropout: its states are always the same
     if args.checkpointing:
         prm.backbone.activation_checkpointing_enable()
     total = sum(p.numel() for p in prm.parameters())
@@ -168,9 +165,9 @@ def train(args, stop):
     if master:  # which token carries the label? Look, before hours are spent
         print(f"first row ({data[0].where}):\n{label_text(prm.tokenizer, data[0])}")
     model = prm
-    if args.freeze_backbone:  # it runs once over the rows, not once in each epoch
-        data, val = (keep_states(prm, rows, args.batch_tokens, device, autocast, multiple)
-                     for rows in (data, val))
+    if args.freeze_backbone:  # it runs once over all examples, not once in each epoch
+        data, val = (keep_states(prm, part, args.batch_tokens, device, autocast, multiple)
+                     for part in (data, val))
         model = HeadOnly(prm.head)
     scorer = model  # validation exchanges no gradients
     if args.fsdp:
@@ -189,7 +186,7 @@ def train(args, stop):
     progress = begin(out, args.resume, settings, model, optimizer)
     totals = progress["totals"]
     if not progress["step"]:
-        if args.freeze_backbone:  # the pass over all rows
+        if args.freeze_backbone:  # 1: keep_states() has gone forward only
             flops, attention = step_flops(parameters, config, lengths + val_lengths, 1)
             totals.update(flops=flops, flops_with_attention=flops + attention)
         labels = torch.cat([example.labels for example in data])
@@ -238,7 +235,7 @@ def train(args, stop):
         # DDP's buckets are the gradients: freeing them would leave both in memory
         optimizer.zero_grad(set_to_none=not dist.is_initialized())
         progress["step"] = step + 1
-        flops = 6 * trained * N, 0  # of the head, that of attention
+        flops = (6 * trained * N, 0)  # 6 N D of a head alone, which sees labels, and no attention
         if not args.freeze_backbone:
             row_lengths = [lengths[i] for i in chain.from_iterable(micros)]
             flops = step_flops(parameters, config, row_lengths)

@@ -23,7 +23,6 @@ of each evaluation; a killed or stopped run goes on with --resume as if nothing 
 Shapes: G solutions of a group, S tokens of a solution, M tokens of a micro-batch's solutions.
 """
 import copy
-import json
 import math
 import random
 import time
@@ -58,6 +57,7 @@ from common.checkpoint import (
     preemption,
     read_log,
     save_checkpoint,
+    write_log,
 )
 from common.models import is_address
 from common.policy import add_policy_flags, load_policy_flags
@@ -177,12 +177,7 @@ def train(args, stop):
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=bf16)
 
     def log(kind, step, **figures):
-        if rank == 0:
-            with open(out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
-            short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
-            words = [f"{name} {value}" for name, value in short.items() if value is not None]
-            print(f"{kind} {step}:", *words, flush=True)
+        write_log(out, kind, step, figures)
 
     if args.resume and any(row["kind"] == "end" for row in read_log(out)):
         print(f"{out}: this run has ended already")

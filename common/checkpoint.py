@@ -120,6 +120,16 @@ def save_checkpoint(out, model, optimizer, progress):
             shutil.rmtree(old)
 
 
+def write_log(out, kind, step, figures, of="", more=()):
+    """Append a row to OUT/log.jsonl, on rank 0, and print it in short, with more words."""
+    if is_first():
+        with open(out / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"kind": kind, "step": step, **figures}) + "\n")
+        short = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in figures.items()}
+        words = [f"{name} {value}" for name, value in short.items() if value is not None]
+        print(f"{kind} {step}{of}:", *words, *more, flush=True)
+
+
 def read_log(out):
     """The rows of OUT/log.jsonl, without a line that a kill has cut off; [] if there is no file."""
     file = out / "log.jsonl"

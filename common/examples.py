@@ -65,12 +65,14 @@ def plan(lengths, group, batch_size, batch_tokens, seed=0, epoch=0):
 
 
 def get_batch(examples, numbers, device, multiple=1):
-    """Numbers of examples -> ids (B, T); of each labelled step its row, position, label, place (M).
+    """Numbers of examples -> ids (B, T) or kept states (B, T, h); of each labelled step its row,
+    position, label and place (M).
 
     T is rounded up to a multiple: bf16 matrix units want 8, and CPUs keep a kernel for each shape.
     """
     # a rank that has no micro-batch left in an epoch's last step takes part with a zero gradient
-    nothing = examples[0]._replace(positions=NONE, labels=NONE.float(), steps=NONE)
+    first = examples[0].ids[:1]  # a token, or a kept state
+    nothing = Example(first, NONE, NONE.float(), NONE, "")
     chosen = [examples[i] for i in numbers] or [nothing]
     ids_BT = pad_sequence([example.ids for example in chosen], batch_first=True)
     if ids_BT.ndim == 2:  # and no kept states (B, T, h)

@@ -167,19 +167,17 @@ def load_pretrained(kind, path, **keywords):
                          "(made by save_pretrained or `hf download`)") from error
 
 
-def load_head(head, path, weights):
-    """Fill a PRM's head with weights (a state dict), or with those of a file that PRM.save() wrote.
+def load_head(head, path, source):
+    """Fill a PRM's head from a state dict, or from the file of that name, which PRM.save() wrote.
     ValueError: there is no such file, or it is another model's."""
-    name = weights
     try:
-        if isinstance(weights, str):
-            weights = load_file(cached_file(path, name))
-        head.load_state_dict(weights)
+        named = isinstance(source, str)
+        head.load_state_dict(load_file(cached_file(path, source)) if named else source)
     except OSError as error:
-        raise ValueError(f"{path}: {name} is missing: it is not a whole PRM, save it again") \
+        raise ValueError(f"{path}: {source} is missing: it is not a whole PRM, save it again") \
             from error
     except SafetensorError as error:
-        raise ValueError(f"{path}/{name}: not a whole safetensors file ({error})") from error
+        raise ValueError(f"{path}/{source}: not a whole safetensors file ({error})") from error
     except RuntimeError as error:  # a line for each weight; the first one says enough
         why = str(error).strip().splitlines()[1].strip()
         raise ValueError(f"{path}: the head is of another model than the backbone ({why})") \

@@ -376,6 +376,20 @@ def test_frozen_backbone(home, tmp_path, monkeypatch):
         min(r["loss"] for r in read_log(tmp_path / "out", "eval")[1:]), abs=1e-5)
 
 
+def test_a_frozen_backbone_drops_nothing_out(home, tmp_path, monkeypatch):
+    """Its states are kept for all epochs: they may not be those of one draw of dropout."""
+    train.main(flags(home, tmp_path / "plain", "--freeze-backbone"))
+
+    def load_with_dropout(*args, **keywords):
+        prm = load_prm(*args, **keywords)
+        for layer in prm.backbone.layers:
+            layer.self_attn.attention_dropout = 0.5
+        return prm
+    monkeypatch.setattr(train, "load_prm", load_with_dropout)
+    train.main(flags(home, tmp_path / "dropout", "--freeze-backbone"))
+    assert same(tmp_path / "plain", tmp_path / "dropout")
+
+
 def test_bf16_and_recomputed_activations(home, whole, tmp_path):
     train.main(flags(home, tmp_path / "again", "--checkpointing"))
     assert close(tmp_path / "again", whole[0])
