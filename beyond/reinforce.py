@@ -309,7 +309,7 @@ def main(argv=None):
     a("--val-problems", type=int, default=64, help="held-out problems of each task (64)")
     a("--prm", default=str(TINY / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    add_policy_flags(parser, str(TINY / "A"), without=("--policy-model", "--temperature",
+    add_policy_flags(parser, str(TINY / "A"), without=("--thinking", "--temperature",
                                                        "--top-p"))
     a = parser.add_argument_group("learning").add_argument
     a("--credit", choices=CREDITS, default="outcome", help="what an advantage is made of (outcome)")

@@ -12,10 +12,8 @@ that speaks OpenAI's /v1/completions (server.py).
 
 Shapes: B rows, V vocabulary, h hidden size.
 """
-import json
 import re
 import sys
-from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -340,32 +338,19 @@ def decoded_at_once(model):
 
 # ------------------------------------------------------------ loading
 
-def load_policy(path, device="cpu", dtype=None, served=None, separator=None, **keywords):
-    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address. ?thinking=on
-    behind it, or thinking=True, lets a model think (common/thinking.py).
+def load_policy(path, device="cpu", dtype=None, separator=None, **keywords):
+    """A Policy from a folder or hub id, or a ServerPolicy from an http:// address (server.py).
 
-    dtype: a name; None is bfloat16 on cuda and float32 elsewhere. served: the server's name of the
-    model; if it is a hub id or a folder, the question is put into its chat template. separator
-    None: what the model's config says ("step_separator", as in tiny/), else an empty line.
+    dtype: a name; None is bfloat16 on cuda and float32 elsewhere. separator None: what the model's
+    config says ("step_separator", as in tiny/), else an empty line. thinking=True lets a model
+    think (common/thinking.py).
     """
-    home, _, thinking = str(path).partition("?thinking=")
-    if thinking not in ("", "on", "off"):
-        raise ValueError(f"{path}: on or off is expected")
-    keywords["thinking"] = keywords.get("thinking", thinking == "on")
-    if is_address(home):
-        if not served:
-            raise ValueError("a server needs --policy-model, its name of the model")
+    if is_address(path):
         from common.server import ServerPolicy  # which is a Policy but for the model
-        keywords.pop("max_batch_tokens", None)
-        known = "/" in served or Path(served).is_dir()
-        tokenizer = load_pretrained(AutoTokenizer, served) if known else None
-        config = Path(served, "config.json")
-        if not separator and config.is_file():  # a folder of ours; the hub's models do not say
-            separator = json.loads(config.read_text()).get("step_separator")
-        return ServerPolicy(home, served, tokenizer, separator=separator or "\n\n", **keywords)
-    tokenizer = load_pretrained(AutoTokenizer, home)
-    model = load_pretrained(AutoModelForCausalLM, home, dtype=dtype_of(dtype, device))
-    check(model.to(device).eval(), home)
+        return ServerPolicy(path, separator, **keywords)
+    tokenizer = load_pretrained(AutoTokenizer, path)
+    model = load_pretrained(AutoModelForCausalLM, path, dtype=dtype_of(dtype, device))
+    check(model.to(device).eval(), path)
     separator = separator or getattr(model.config, "step_separator", None) or "\n\n"
     return Policy(model, tokenizer, separator, name=f"policy:{path}", **keywords)
 
@@ -379,7 +364,7 @@ def add_policy_flags(parser, default=None, without=()):
         parser.set_defaults(**{flag[2:].replace("-", "_"): keywords.get("default")})
     if default:
         a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
-    a("--policy-model", help="a server's name of the model; a hub id brings its chat template")
+    a("--thinking", choices=["on", "off"], default="off", help="if the chat template can (off)")
     a("--separator", help="text between steps (what the folder says, else an empty line)")
     a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
     a("--top-p", type=float, default=1.0, help="sample from the smallest set of this mass (1: all)")
@@ -396,5 +381,5 @@ def load_policy_flags(args, device, path=None, **keywords):
     separator = args.separator
     if separator:  # "\\n" on the command line is a line end
         separator = separator.encode("latin-1", "backslashreplace").decode("unicode_escape")
-    return load_policy(path or args.policy, device, args.dtype, args.policy_model, separator,
-                       **options)
+    return load_policy(path or args.policy, device, args.dtype, separator,
+                       thinking=args.thinking == "on", **options)

@@ -4,21 +4,17 @@
     vllm serve runs/served --runner pooling --pooler-config '{"pooling_type": "ALL"}'
     python search.py --strategy beam --prm http://localhost:8000
 
-The address is http://host:port/path?model=NAME#FOLDER, with all behind the port optional:
-
-    NAME     the model's name on the server (the first of its GET /v1/models)
-    FOLDER   folder or hub id of its config.json and tokenizer (what the server says it has loaded)
-
-Token ids are sent, made by the one encoder of training and scoring; from the classes' probabilities
-that come back for each token, those at the separators are picked. Request and reply are documented
-in https://docs.vllm.ai/en/latest/models/pooling_models.
+The address is http://host:port/path?model=NAME#FOLDER, as common/server.py has it. Token ids are
+sent, made by the one encoder of training and scoring; from the classes' probabilities that come
+back for each token, those at the separators are picked. Request and reply are documented in
+https://docs.vllm.ai/en/latest/models/pooling_models.
 """
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 
 from common.run import expect
-from common.server import answered, connect
+from common.server import answered, connect, find_model
 
 TEXTS = 16     # of one request
 REQUESTS = 8   # at once
@@ -35,8 +31,8 @@ class ServerPRM:
         path = parts.path.rstrip("/").removesuffix("/v1")  # /pooling stands beside /v1
         self.url = f"{parts.scheme}://{parts.netloc}{path}"
         self.client = connect(self.url, retries)
-        self.served, loaded = self._model(parse_qs(parts.query).get("model", [None])[0])
-        folder = parts.fragment or loaded
+        listing = connect(f"{self.url}/v1", retries)
+        self.served, folder = find_model(address, listing, f"{self.url}/v1")
         try:
             # shapes without weights: all that is used of it is its encoder
             self.encoder = load_prm(folder, "meta", **keywords)
@@ -48,21 +44,6 @@ class ServerPRM:
         self.name = f"prm:{address}"  # under which a node keeps its p_t
         self.pool = ThreadPoolExecutor(REQUESTS)
         self.tokens = 0               # sent so far; vLLM encodes each text anew
-
-    def _model(self, name):
-        """(name on the server, what it has loaded) of the model of that name, or of the first."""
-        client = self.client.with_options(max_retries=min(2, self.client.max_retries))
-        # two seconds, not twenty, until a wrong address is an error
-        reply = answered(client, lambda: client.get("/v1/models", cast_to=object))
-        try:
-            cards = {card["id"]: card.get("root") or card["id"] for card in reply["data"]}
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"{self.url}/v1/models sent no list of models: "
-                             f"{str(reply)[:200]!r}") from error
-        expect(name in cards if name else cards,
-               f"{self.url} serves {', '.join(cards) or 'nothing'}; no {name}")
-        name = name or next(iter(cards))
-        return name, cards[name]
 
     def score(self, questions, solutions):
         """p_t of every step: questions (B) texts, solutions (B) lists of steps -> (B) lists."""

@@ -233,7 +233,7 @@ class Bench:
     """
     # the flags that all rows depend on, and those that a strategy's rows depend on
     SAMPLING = ("temperature", "top_p", "max_solution_tokens", "separator",
-                "policy_model", "dtype", "seed")
+                "thinking", "dtype", "seed")
     SEARCHES = {"best_of_n": ("n", "tokens", "until"),
                 "beam": ("k", "m", "textbook", "until"),
                 "mcts": ("m", "simulations", "c", "textbook", "tokens", "until", "aggregate")}

@@ -1,8 +1,13 @@
 """The policy behind a server that speaks OpenAI's /v1/completions, as vLLM and SGLang do.
 
     vllm serve Qwen/Qwen2.5-7B-Instruct
-    python search.py --strategy beam --policy http://localhost:8000/v1 \\
-        --policy-model Qwen/Qwen2.5-7B-Instruct --prm runs/prm --task gsm8k
+    python search.py --strategy beam --policy http://localhost:8000/v1 --prm runs/prm --task gsm8k
+
+An address of a policy or of a PRM (prm_server.py) is http://host:port/path?model=NAME#FOLDER, with
+all behind the path optional:
+
+    NAME     the model's name on the server (the first of its GET /v1/models)
+    FOLDER   folder or hub id of its config.json and tokenizer (what the server says it has loaded)
 
 The server's own prefix cache cannot be seen from here: `prefilled` stays 0.
 """
@@ -10,7 +15,13 @@ import json
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.parse import parse_qs, urlsplit
 
+from transformers import AutoTokenizer
+
+from common.driver import warn_once
+from common.models import load_pretrained
 from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
 from common.run import expect
@@ -40,24 +51,59 @@ def answered(client, request):
         raise ValueError(f"{url} sent malformed JSON ({error})") from error
 
 
-class ServerPolicy:
-    """tokenizer: of a chat model, only to put the question into its template."""
+def find_model(address, client, url):
+    """(its name on the server, where its config.json and tokenizer are): the address says both,
+    or the server is asked."""
+    name = parse_qs(urlsplit(address).query).get("model", [None])[0]
+    folder = urlsplit(address).fragment
+    if name and folder:
+        return name, folder
+    # two seconds, not twenty, until a wrong address is an error
+    client = client.with_options(max_retries=min(2, client.max_retries))
+    reply = answered(client, lambda: client.get("/models", cast_to=object))
+    try:
+        cards = {card["id"]: card.get("root") or card["id"] for card in reply["data"]}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"{url}/models sent no list of models: {str(reply)[:200]!r}") from error
+    expect(name in cards if name else cards,
+           f"{url} serves {', '.join(cards) or 'nothing'}; no {name}")
+    name = name or next(iter(cards))
+    return name, folder or cards[name]
 
-    def __init__(self, url, model, tokenizer=None, separator="\n\n", seed=0, temperature=1.0,
-                 top_p=1.0, max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
+
+def chat_tokenizer(folder, url):
+    """The tokenizer that puts a question into the model's chat template, None if it has none: then
+    the server gets text, and its own tokenizer adds the BOS."""
+    if "/" not in folder and not Path(folder).is_dir():
+        warn_once(f"warning: {url} serves {folder!r}, whose chat template is not known here: the "
+                  f"prompt is the bare question. {url}#FOLDER names a folder or hub id that has it")
+        return None
+    try:
+        tokenizer = load_pretrained(AutoTokenizer, folder)
+    except ValueError as error:
+        raise ValueError(f"{url}: the tokenizer of its model is needed here for the chat template; "
+                         f"{url}#FOLDER says where it is ({error})") from error
+    return tokenizer if tokenizer.chat_template else None
+
+
+class ServerPolicy:
+    """The policy at an address. separator None: as load_policy() of common/policy.py has it."""
+
+    def __init__(self, address, separator=None, seed=0, temperature=1.0, top_p=1.0,
+                 max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
                  retries=5, thinking=False):
-        self.client = connect(url, retries)
-        self.url = url
-        self.served = model
-        if tokenizer and not tokenizer.chat_template:
-            tokenizer = None  # the server gets text, and its own tokenizer adds the BOS
-        self.tokenizer = tokenizer
+        self.url = urlsplit(address)._replace(query="", fragment="").geturl()
+        self.client = connect(self.url, retries)
+        self.served, folder = find_model(address, self.client, self.url)
+        self.tokenizer = chat_tokenizer(folder, self.url)
         self.thinking = thinking
-        self.opening, self.no_thought = thought_of(tokenizer, thinking)
-        self.separator = separator
+        self.opening, self.no_thought = thought_of(self.tokenizer, thinking)
+        config = Path(folder, "config.json")  # of a folder of ours; the hub's models do not say
+        said = json.loads(config.read_text()) if config.is_file() else {}
+        self.separator = separator or said.get("step_separator", "\n\n")
         self.seed = seed
         self.sampling = {"temperature": temperature, "top_p": top_p}
-        if tokenizer:  # the template has them: the server's tokenizer would add a second BOS
+        if self.tokenizer:  # the template has a BOS: the server's tokenizer would add a second one
             self.sampling["extra_body"] = {"add_special_tokens": False}
         self.max_step_tokens = max_step_tokens
         self.max_steps = max_steps

@@ -1,6 +1,6 @@
 """Thinking models (Qwen3, QwQ, DeepSeek-R1): what they write before </think> is no step.
 
-    python search.py --strategy beam --policy "Qwen/Qwen3-8B?thinking=on" ...
+    python search.py --strategy beam --policy Qwen/Qwen3-8B --thinking on ...
 
 A thought is a prefix of the first step: its tokens belong to that step's node, so the policy goes
 on behind them. No step is cut in it, a \\boxed{} in it ends nothing, no answer is read in it, and
@@ -42,5 +42,5 @@ def thought_of(tokenizer, thinking):
     if (on if thinking else off).rstrip().endswith(BEGIN):  # QwQ's and R1's always do
         return BEGIN, f"{END}\n\n"
     if thinking and on == off:
-        raise ValueError("?thinking=on: the model's chat template knows no enable_thinking")
+        raise ValueError("--thinking on: the model's chat template knows no enable_thinking")
     return "", f"{BEGIN}\n\n{END}\n\n" if thinking else ""

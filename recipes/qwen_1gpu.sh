@@ -4,15 +4,15 @@
 #
 #   bash recipes/qwen_1gpu.sh                                                  # 7B policy, 1.5B PRM, 80 GB
 #   POLICY=Qwen/Qwen2.5-0.5B-Instruct BASE=Qwen/Qwen2.5-0.5B bash recipes/qwen_1gpu.sh           # 16 GB
-#   POLICY=http://localhost:8000/v1 SERVED=Qwen/Qwen2.5-7B-Instruct bash recipes/qwen_1gpu.sh    # sampled by vLLM
+#   POLICY=http://localhost:8000/v1 REFERENCE=Qwen/Qwen2.5-7B-Instruct bash recipes/qwen_1gpu.sh # sampled by vLLM
 #
 # Restartable. Every setting below can be set from outside; TRAIN, TEST, CODE and ERRORS are local files in place of
 # the hub's. Estimates, not measurements, of memory and hours on one H100 stand beside each stage: docs/scale.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 RUN=${RUN:-runs/qwen} PROCESSES=${PROCESSES:-1} DTYPE=${DTYPE:-bfloat16}
-POLICY=${POLICY:-Qwen/Qwen2.5-7B-Instruct} SERVED=${SERVED:-} BASE=${BASE:-Qwen/Qwen2.5-1.5B}
-VOTERS=${VOTERS:-$POLICY} CODER=${CODER:-$POLICY} REFERENCE=${REFERENCE:-${SERVED:-$POLICY}}
+POLICY=${POLICY:-Qwen/Qwen2.5-7B-Instruct} BASE=${BASE:-Qwen/Qwen2.5-1.5B}
+VOTERS=${VOTERS:-$POLICY} CODER=${CODER:-$POLICY} REFERENCE=${REFERENCE:-$POLICY}
 TASK=${TASK:-gsm8k} CODETASK=${CODETASK:-humaneval+} ERRORSET=${ERRORSET:-processbench}
 TRAIN=${TRAIN:-} TEST=${TEST:-} CODE=${CODE:-} ERRORS=${ERRORS:-}
 PROBLEMS=${PROBLEMS:-2000} LIMIT=${LIMIT:-500} N=${N:-8} K=${K:-8} TOKENS=${TOKENS:-128} STEPS=${STEPS:-8}
@@ -23,7 +23,6 @@ stages=6
 . recipes/stages.sh
 sampling=(--temperature 0.8 --dtype "$DTYPE")
 limits=(--max-solution-tokens $((TOKENS * STEPS)))
-[ -z "$SERVED" ] || sampling+=(--policy-model "$SERVED")
 
 # §2.1. 2,000 problems x 4 solutions, K rollouts for each prefix of the binary search. With --labels soft: the values
 # c/k of all prefixes, for about three times as many rollouts

@@ -293,7 +293,7 @@ def test_bos_once_where_the_tokenizer_adds_it(tokenizer):
 
 
 def test_a_server_without_a_template_gets_text_and_adds_the_bos(tokenizer):
-    assert "extra_body" not in ServerPolicy("http://127.0.0.1:9/v1", "m", tokenizer).sampling
+    assert "extra_body" not in ServerPolicy(f"http://127.0.0.1:9/v1?model=m#{TINY / 'A'}").sampling
 
 
 # ------------------------------------------------------------ one separator for both
@@ -316,4 +316,4 @@ def test_separators_that_differ_are_one_line(capsys, policy, separator, template
 @pytest.mark.parametrize("served, said, want", [(str(TINY / "A"), None, "\n"), (str(TINY / "A"), "%", "%"),
                                                 ("m", None, "\n\n")])
 def test_a_server_takes_the_separator_of_the_folder_that_it_serves(served, said, want):
-    assert load_policy("http://127.0.0.1:9/v1", served=served, separator=said).separator == want
+    assert load_policy(f"http://127.0.0.1:9/v1?model=m#{served}", separator=said).separator == want

@@ -148,7 +148,10 @@ def test_errors_are_one_line_and_say_what_to_do(tokenizer, tmp_path):
 class Handler(BaseHTTPRequestHandler):
     """A small real server: says busy once, then answers. It continues "one\\n\\ntwo ```...```\\n\\nthree"."""
     script = "one\n\n```\na\n\nb\n```\n\nthree"
-    busy, seen, sglang = 1, [], False
+    busy, seen, sglang, models = 1, [], False, [{"id": "m"}]
+
+    def do_GET(self):
+        self.reply(200, {"object": "list", "data": self.models})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -171,6 +174,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply(self, code, body):
         data = json.dumps(body).encode()
         self.send_response(code)
+        self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -202,18 +206,18 @@ def serving(handler):
 
 def test_a_server_that_says_what_stopped_it_or_does_not_stop(server, monkeypatch):
     monkeypatch.setattr(Handler, "sglang", True)
-    policy = load_policy(server, served="m")
+    policy = load_policy(server)
     [[two]] = policy.propose(policy.propose([policy.root("p", "Q?")], 1)[0], 1)
     [[three]] = policy.propose([two], 1)
     assert (two.end, three.text, three.end) == (None, "three", "eos")  # known at once, by the number of its token
     with serving(Stuck) as url:
-        policy = load_policy(url, served="m", max_step_tokens=8)
+        policy = load_policy(url, max_step_tokens=8)
         [[step]] = policy.propose([policy.root("p", "Q?")], 1)
     assert (step.end, len(step.ids), len(Stuck.seen)) == ("length", 8, 7)  # two tokens, then one in each reply
 
 
 def test_a_server_is_a_policy_too(server):
-    policy = load_policy(server, served="m")
+    policy = load_policy(f"{server}?model=m")
     [[first, again]] = policy.propose([policy.root("p", "Q?")], 2)  # after one 503
     assert (first.text, first.end, first.logp) == ("one", None, -0.5) and first.key != again.key
     [[second]] = policy.propose([first], 1)
@@ -225,7 +229,7 @@ def test_a_server_is_a_policy_too(server):
     assert end.steps() == ["one", "```\na\n\nb\n```", "three"] and end.end == "eos"
     assert len({body["seed"] for body in Handler.seen[1:5]}) > 1
     with pytest.raises(ValueError, match="no model of that name"):
-        bad = ServerPolicy(server, "other")
+        bad = ServerPolicy(f"{server}?model=other#other")
         bad.propose([bad.root("p", "Q?")], 1)
 
 
@@ -233,15 +237,34 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
     tokenizer.save_pretrained(tmp_path)
-    policy = load_policy("http://127.0.0.1:9/v1", served=str(tmp_path))
+    policy = load_policy(f"http://127.0.0.1:9/v1?model=m#{tmp_path}")
     text = policy._text(policy.adopt(policy.root("p", "Q?"), "one"))
     assert policy.sampling["extra_body"] == {"add_special_tokens": False}  # the template has its BOS
     assert text.startswith("<user>Q?\n\nSolve step by step") and text.endswith("<assistant>one\n\n")
 
 
+@pytest.mark.parametrize("template, begins", [("<user>{{ messages[0].content }}<assistant>", "<user>Q?"), (None, "Q?\n\n")])
+def test_a_server_says_which_model_it_has(server, tokenizer, tmp_path, monkeypatch, template, begins):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(tmp_path)
+    monkeypatch.setattr(Handler, "models", [{"id": "m", "root": str(tmp_path)}, {"id": "n"}])
+    policy = load_policy(server)
+    assert policy.served == "m" and policy._text(policy.root("p", "Q?")).startswith(begins)
+    assert load_policy(f"{server}?model=n").served == "n"
+    with pytest.raises(ValueError, match="serves m, n; no other"):
+        load_policy(f"{server}?model=other")
+
+
+def test_a_server_whose_template_is_not_known_is_one_warning(server, capsys, monkeypatch):
+    monkeypatch.setattr(Handler, "models", [{"id": "llama3:8b"}])
+    load_policy(server)
+    assert "serves 'llama3:8b', whose chat template is not known here" in capsys.readouterr().err
+
+
 def test_a_server_that_is_not_there(monkeypatch):
     monkeypatch.setattr(time, "sleep", lambda s: None)
-    policy = ServerPolicy("http://127.0.0.1:9", "m", retries=1)
+    policy = ServerPolicy("http://127.0.0.1:9?model=m#m", retries=1)
     with pytest.raises(ValueError, match="did not answer, in 2 tries"):
         policy.propose([policy.root("p", "Q?")], 1)
 

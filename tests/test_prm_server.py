@@ -182,7 +182,7 @@ def test_an_address_that_is_wrong(address, suffix, message):
 
 
 def test_a_server_that_is_not_there_is_soon_an_error():
-    with pytest.raises(ValueError, match="http://127.0.0.1:9 did not answer, in 3 tries"):
+    with pytest.raises(ValueError, match="http://127.0.0.1:9/v1 did not answer, in 3 tries"):
         load_prm("http://127.0.0.1:9")
 
 

@@ -9,8 +9,9 @@ from test_policy import Handler, serving
 
 from common import policy as policy_module
 from common.driver import Search, run_together
-from common.policy import Policy, load_policy
+from common.policy import Policy, add_policy_flags, load_policy, load_policy_flags
 from common.results import sample_rows
+from common.run import add_run_flags, command_line
 from common.tasks import Problem
 from common.thinking import split_thought, thought_length
 from prm_model import load_prm
@@ -134,21 +135,23 @@ def test_neither_the_prm_nor_the_answer_knows_the_thought(tokenizer, written):
     assert sample["scores"] == pytest.approx(prm.score([problem.question], [STEPS])[0], abs=1e-5)
 
 
-@pytest.mark.parametrize("suffix, ends", [("", "</think>\n\n"), ("?thinking=off", "</think>\n\n"), ("?thinking=on", "<a>")])
-def test_thinking_is_asked_for_behind_the_name(tokenizer, tmp_path, suffix, ends):
+@pytest.mark.parametrize("thinking, ends", [("off", "</think>\n\n"), ("on", "<a>")])
+def test_thinking_is_a_flag(tokenizer, tmp_path, thinking, ends):
     random_qwen().save_pretrained(tmp_path)
     chat(tokenizer, QWEN3).save_pretrained(tmp_path)
-    policy = load_policy(f"{tmp_path}{suffix}")
+    parser = command_line("")
+    add_policy_flags(parser, "")
+    add_run_flags(parser)
+    args = parser.parse_args(["--thinking", thinking])
+    policy = load_policy_flags(args, "cpu", str(tmp_path))
     assert tokenizer.decode(policy.root("p", "Q?").ids).endswith(ends)
-    server = load_policy(f"http://127.0.0.1:9/v1{suffix}", served=str(tmp_path))
+    server = load_policy_flags(args, "cpu", f"http://127.0.0.1:9/v1?model=m#{tmp_path}")
     assert (server.url, server._text(server.root("p", "Q?"))[-3:]) == ("http://127.0.0.1:9/v1", ends[-3:])
 
 
-@pytest.mark.parametrize("suffix, message", [("?thinking=on", "template knows no enable_thinking"),
-                                             ("?thinking=maybe", "on or off is expected")])
-def test_thinking_that_cannot_be_had(lm_folder, suffix, message):
-    with pytest.raises(ValueError, match=message):
-        load_policy(f"{lm_folder}{suffix}")
+def test_thinking_that_cannot_be_had(lm_folder):
+    with pytest.raises(ValueError, match="template knows no enable_thinking"):
+        load_policy(lm_folder, thinking=True)
 
 
 class Thinker(Handler):
@@ -170,7 +173,7 @@ def test_a_server_thinks_too(tokenizer, tmp_path):
     chat(tokenizer, QWEN3).save_pretrained(tmp_path)
     Thinker.seen = []
     with serving(Thinker) as url:
-        policy = load_policy(f"{url}?thinking=on", served=str(tmp_path), separator="\n\n")
+        policy = load_policy(f"{url}?model=m#{tmp_path}", separator="\n\n", thinking=True)
         root = policy.root("p", "Q?")
         [[first]] = policy.propose([root], 1)
         [[second]] = policy.propose([first], 1)
