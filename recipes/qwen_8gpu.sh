@@ -3,7 +3,7 @@
 #
 #   bash recipes/qwen_8gpu.sh                                                # 14B PRM: 8 x 80 GB
 #   BASE=Qwen/Qwen2.5-7B TRAINING=--checkpointing bash recipes/qwen_8gpu.sh  # 7B: DDP in place of FSDP, 8 x 140 GB
-#   POLICY=http://localhost:8000/v1 SERVED=Qwen/Qwen2.5-7B-Instruct bash recipes/qwen_8gpu.sh
+#   POLICY=http://localhost:8000/v1 REFERENCE=Qwen/Qwen2.5-7B-Instruct bash recipes/qwen_8gpu.sh
 #
 # More nodes: start the lines of qwen_1gpu.sh with torchrun's --nnodes and --rdzv-endpoint. A PRM of 72B trains that way
 # on 32 GPUs (16 bytes a parameter, sharded), but to score it needs 144 GB on one GPU: these scripts do not split it.

@@ -2,7 +2,10 @@
 
 PRM_TEST_DEVICE=cuda puts the models of test_policy, test_prm_model, test_search and test_train on the GPU, and what
 these tests start, in fp32. Without it no test sees a GPU."""
+import multiprocessing
 import os
+import socket
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,6 +17,7 @@ import torch
 from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[1]
+os.environ["PYTHONPATH"] = str(ROOT)  # also of the forks' server, which has no sys.path of ours
 TINY = ROOT / "tiny"
 DEVICE = os.environ.get("PRM_TEST_DEVICE", "cpu")
 if DEVICE == "cpu":
@@ -31,6 +35,44 @@ def random_qwen(seed=0, layers=2, hidden=32, **keywords):
                          initializer_range=0.3, step_separator="\n", **keywords)
     return Qwen2ForCausalLM(config).to(DEVICE).eval()
 
+
+# ---------------------------------------------------------------- other processes, and ranks
+
+# forked from one that has imported everything: to import torch and transformers takes each script five seconds
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["annotate", "beyond.reinforce", "evaluate", "search", "similarity", "train"])
+
+
+def begin(function, *args, ranks=1):
+    """function(*args) in a process for each rank, with what torchrun puts into its environment -> the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [FORKS.Process(target=_rank, args=(rank, ranks, port, function, args)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def run_ranks(function, *args, ranks=2):
+    processes = begin(function, *args, ranks=ranks)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * ranks
+
+
+def _rank(rank, ranks, port, function, args):
+    if ranks > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    sys.stdout = open(os.devnull, "w")
+    function(*args)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- models
 
 @pytest.fixture(scope="session")
 def tokenizer():

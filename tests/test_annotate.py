@@ -2,13 +2,10 @@
 import itertools
 import json
 import math
-import signal
-import subprocess
-import sys
 import time
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY, begin, run_ranks
 
 import annotate
 from annotate import consensus, first_wrong_steps, linear_scan, monte_carlo, rollout_votes
@@ -247,7 +244,7 @@ def lines(file):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """(flags, --out of an uninterrupted run by two voters)."""
-    flags = [*SMALL, "--policies", str(TINY / "A"), str(TINY / "A"), "--concurrent", "2"]
+    flags = [*SMALL, "--limit", "2", "--policies", str(TINY / "A"), str(TINY / "A"), "--concurrent", "2"]
     out = tmp_path_factory.mktemp("whole") / "rows.jsonl"
     annotate.main([*flags, "--out", str(out)])
     return flags, out
@@ -256,7 +253,7 @@ def whole(tmp_path_factory):
 def test_labels_follow_from_the_place_that_all_voters_name(whole):
     _, out = whole
     assert lines(out)
-    assert len(lines(out.with_name("rows.jsonl.votes"))) == 16
+    assert len(lines(out.with_name("rows.jsonl.votes"))) == 8
     for row in lines(out):
         place = row["first_error"]
         assert row["labels"] == [place < 0 or t < place for t in range(len(row["completions"]))]
@@ -266,12 +263,11 @@ def test_labels_follow_from_the_place_that_all_voters_name(whole):
 def test_killed_and_resumed_is_one_whole_run(whole, tmp_path, capsys):
     flags, out = whole
     killed, part = tmp_path / "killed.jsonl", tmp_path / "killed.jsonl.votes.part0"
-    process = subprocess.Popen([sys.executable, "annotate.py", *flags, "--out", str(killed)],
-                               cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not part.exists() and process.poll() is None:
+    [process] = begin(annotate.main, [*flags, "--out", str(killed)])
+    while not part.exists() and process.is_alive():
         time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     flags = [*flags, "--out", str(killed)]
     assert "pass --resume" in fails(flags, capsys)
     assert "not soft" in fails([*flags, "--resume", "--labels", "soft"], capsys)
@@ -284,8 +280,7 @@ def test_killed_and_resumed_is_one_whole_run(whole, tmp_path, capsys):
 def test_two_ranks_are_one_whole_run(whole, tmp_path):
     flags, out = whole
     two = tmp_path / "two.jsonl"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "annotate.py"]
-    subprocess.run([*launch, *flags, "--out", str(two)], cwd=ROOT, check=True)
+    run_ranks(annotate.main, [*flags, "--out", str(two)])
     assert two.read_text() == out.read_text()
 
 

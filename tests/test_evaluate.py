@@ -3,11 +3,9 @@ import itertools
 import json
 import random
 import statistics
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, TINY
+from conftest import TINY, run_ranks
 
 import evaluate
 from common.metrics import interval, over_runs, paired, wilson
@@ -153,13 +151,12 @@ def test_first_errors_of_processbench_rows(tmp_path):
 # ---------------------------------------------------------------- rows that are made once
 
 def test_two_ranks_are_one_and_a_rerun_does_nothing_again(tmp_path, monkeypatch):
-    flags = ["--limit", "3", "--N", "4", "--strategies", "best_of_n", "beam", "--dtype", "float32",
+    flags = ["--limit", "2", "--N", "4", "--strategies", "best_of_n", "beam", "--dtype", "float32",
              "--concurrent", "2", "--policy", str(TINY / "A")]
     one, two = ([*flags, "--out", str(tmp_path / x), "--json", str(tmp_path / f"{x}.json")]
                 for x in ("one", "two"))
     evaluate.main(one)
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2",
-                    "evaluate.py", *two], cwd=ROOT, check=True)
+    run_ranks(evaluate.main, two)
     figures = [json.loads((tmp_path / f"{x}.json").read_text()) for x in ("one", "two")]
     assert figures[0]["metrics"] == figures[1]["metrics"]
     assert figures[0]["beam"] == figures[1]["beam"]

@@ -4,14 +4,12 @@ import math
 import os
 import random
 import signal
-import socket
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import TINY, random_qwen
+from conftest import TINY, random_qwen, run_ranks
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Config, Qwen2Model
 
@@ -364,19 +362,8 @@ def test_resumed_is_uninterrupted(how, whole, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("checkpoint*"))
 
 
-def one_of_two(rank, port, runs):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    for argv in runs:
-        reinforce.main(argv)
-    torch.distributed.destroy_process_group()
-
-
 def test_two_ranks_are_one(whole, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(one_of_two, (port, [flags(tmp_path)]), nprocs=2)
+    run_ranks(reinforce.main, flags(tmp_path))
     for two, one in zip(read_log(tmp_path, "train", "eval"), read_log(whole, "train", "eval"), strict=True):
         numbers, others = ({k: v for k, v in row.items() if isinstance(v, float)} for row in (two, one))
         assert numbers == pytest.approx(others, rel=1e-3, abs=1e-5)

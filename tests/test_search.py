@@ -1,7 +1,6 @@
 """The strategies on scripted trees where the right behaviour is known, and the whole script on the shipped models."""
 import json
 import math
-import signal
 import subprocess
 import sys
 import time
@@ -10,7 +9,7 @@ from collections import Counter
 from functools import partial
 
 import pytest
-from conftest import DEVICE, ROOT, TINY, two_devices
+from conftest import DEVICE, ROOT, TINY, begin, two_devices
 
 import search
 from common.driver import Search, run_together
@@ -329,13 +328,12 @@ def test_two_ranks_give_the_output_of_one_process(one_process, tmp_path):
 def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     out = tmp_path / "rows.jsonl"
     flags = [*SMALL, "--out", str(out), "--concurrent", "1"]
-    child = subprocess.Popen([sys.executable, "search.py", *flags], cwd=ROOT, stdout=subprocess.DEVNULL,
-                             stderr=subprocess.DEVNULL)
+    [child] = begin(search.main, flags)
     part, deadline = tmp_path / "rows.jsonl.part0", time.time() + 120
-    while not (part.exists() and part.read_text().count("\n") >= 2) and time.time() < deadline and child.poll() is None:
+    while not (part.exists() and part.read_text().count("\n") >= 2) and time.time() < deadline and child.is_alive():
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.kill()
+    child.join()
     assert part.exists()
     assert not out.exists()
     with open(part, "a", encoding="utf-8") as file:

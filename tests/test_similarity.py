@@ -2,14 +2,11 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, random_qwen
+from conftest import random_qwen, run_ranks
 
 import similarity
 from common.metrics import random_signs, sketch
@@ -252,9 +249,7 @@ def test_two_ranks_give_what_one_gives(tmp_path):
     """From sampling, judging and selecting to the gradients."""
     arguments = ["--limit", "3", "--N", "3", "--json"]
     similarity.main([*arguments, str(tmp_path / "1")])
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
-    subprocess.run([*torchrun, ROOT / "similarity.py", *arguments, tmp_path / "2"], check=True,
-                   capture_output=True, cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run_ranks(similarity.main, [*arguments, str(tmp_path / "2")])
     one, two = (json.loads((tmp_path / name).read_text()) for name in "12")
     assert one["responses"] == {"Math": 9, "Math_PRM": 3, "Code": 9, "Code_PRM": 3}
     assert two["responses"] == one["responses"]

@@ -5,16 +5,13 @@ import os
 import random
 import shutil
 import signal
-import socket
-import subprocess
-import sys
+import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
-from conftest import DEVICE, two_devices
+from conftest import DEVICE, FORKS, begin, run_ranks, two_devices
 from transformers import AutoTokenizer, Qwen2Config, Qwen2Model
 
 import common.metrics
@@ -277,14 +274,13 @@ def test_resumed_is_uninterrupted(home, whole, tmp_path, monkeypatch, how, last)
 def test_kill_9_and_resume(home, whole, tmp_path):
     """A real SIGKILL, while the log shows a random step: whatever half a file that leaves, --resume goes on from it."""
     argv, at = flags(home, tmp_path / "out"), random.Random(5).randint(1, 5)
-    run = subprocess.Popen([sys.executable, train.__file__, *argv], stdout=subprocess.PIPE, text=True,
-                           env={**os.environ, "OMP_NUM_THREADS": "1"})
-    for line in run.stdout:
-        if line.startswith(f"train {at} of "):
-            run.kill()
-            break
-    run.stdout.close()
-    assert run.wait() == -signal.SIGKILL
+    log = tmp_path / "out" / "log.jsonl"
+    [run] = begin(train.main, argv)
+    while run.is_alive() and (not log.exists() or log.read_text().count('"kind": "train"') < at):
+        time.sleep(0.002)
+    run.kill()
+    run.join()
+    assert run.exitcode == -signal.SIGKILL
     assert not read_log(tmp_path / "out", "end")
     with open(tmp_path / "out" / "log.jsonl", "a") as file:
         file.write('{"kind": "tra')  # a line cut off by the kill
@@ -403,12 +399,8 @@ def test_bf16_and_recomputed_activations(home, whole, tmp_path):
 
 # ---------------------------------------------------------------- two gloo ranks
 
-def two_ranks(rank, port, home, runs, queue):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port))
-    torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")
-    original = train.step_flops
+def several(runs, queue):
+    rank, original = int(os.environ["RANK"]), train.step_flops
     for argv, kill in runs:
         count = [0]
 
@@ -421,7 +413,6 @@ def two_ranks(rank, port, home, runs, queue):
         train.step_flops = counted
         result = train.main(argv)
         queue.put((rank, argv[argv.index("--out") + 1], result and result["stopped_early"], count[0]))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -437,11 +428,8 @@ def ranks(home, tmp_path_factory):
             ("fsdp cut", ("--fsdp",), 5), ("fsdp cut", ("--fsdp", "--resume"), 0), ("early", stop, 0),
             ("ddp x 2", two, 0), ("fsdp x 2", (*two, "--fsdp"), 0), ("ddp frozen", ("--freeze-backbone",), 0)]
     jobs = [(flags(home, folder / name, *more), kill) for name, more, kill in runs]
-    queue = mp.get_context("spawn").SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(two_ranks, (port, home, jobs, queue), nprocs=2)
+    queue = FORKS.SimpleQueue()
+    run_ranks(several, jobs, queue)
     ends = {}
     for _ in range(2 * len(jobs)):
         _, out, early, steps = queue.get()
