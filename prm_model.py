@@ -8,8 +8,8 @@ at the separator's last token, so one forward scores all steps of a solution.
         --steps "January: 7+5=11" "Answer: 11"
     python prm_model.py --prm tiny/prm --file samples.jsonl    # sample rows or stepwise rows
 
---prm takes a folder that train.py wrote, a published PRM (common/published.py lists them), or a
-server (common/prm_server.py). Of a plain LM, --fresh-head shows an untrained head.
+--prm takes a folder that train.py wrote, a published PRM (common/formats/published.py lists them),
+or a server (common/prm_server.py). Of a plain LM, --fresh-head shows an untrained head.
 
 Shapes: B solutions, T tokens, M steps that get a p_t (in training: labelled ones), h hidden size.
 """
@@ -28,10 +28,10 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from common.cache import batches, encode_missing
 from common.data import read_solutions
+from common.formats.published import TEXTS, export, load_published
 from common.models import bos, check, dtype_of, load_head, load_pretrained, must_fit
 from common.page import Page, solution_tree
 from common.prm_server import ServerPRM
-from common.published import TEXTS, export, load_published
 from common.results import coloured
 from common.run import TINY, command_line, distributed
 

@@ -23,7 +23,8 @@ import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import answers, judge, tasks
+from common import tasks
+from common.grading import answers, judge
 
 
 def clock():

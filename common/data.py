@@ -1,5 +1,5 @@
 """Rows on disk: the JSONL formats that the scripts share, and the original sets of step labels
-(more of them in common/converters.py).
+(more of them in formats/converters.py).
 
 Stepwise rows (annotate.py writes, train.py reads; TRL's format, so hub sets load as they are):
     {"prompt": str, "completions": [str, ...], "labels": [bool or float, ...]}, and optionally id,
@@ -23,7 +23,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from common.converters import STEP_LABELS
+from common.formats.converters import STEP_LABELS
 from common.run import expect, located
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from textwrap import indent
 
 from common import tasks
-from common.loaders import packed
+from common.formats.loaders import packed
 from common.metrics import interval
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 
 from common import run, tasks
-from common.converters import one_a_problem, sample_row
 from common.data import plain, read_rows, texts
-from common.judge import has_tests
-from common.loaders import check_tests, own_row, unpacked
+from common.formats.converters import one_a_problem, sample_row
+from common.formats.loaders import check_tests, own_row, unpacked
+from common.grading.judge import has_tests
 from common.policy import load_policy_flags
 from common.run import expect, located
 
@@ -77,7 +77,7 @@ def can_judge(row):
 
 
 def read_samples(args):
-    """Sample rows of --samples, anybody's (common/converters.py). "correct" and "answer" may be
+    """Sample rows of --samples, anybody's (formats/converters.py). "correct" and "answer" may be
     missing: the judge gives them, by the row's answer or tests, or those of --task and --data."""
     file, rows, lines, known = args.samples, [], {}, {}
     named = [task for task in args.task if not task.startswith("tiny")]  # those have their answers

@@ -11,7 +11,7 @@ from pathlib import Path
 from common import tasks
 from common.data import first_wrong, plain, read_set
 from common.driver import warn_once
-from common.loaders import gold_answer
+from common.formats.loaders import gold_answer
 from common.run import expect, write_rows
 
 

@@ -14,12 +14,12 @@ import random
 from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 
-from common import judge
-from common.answers import equivalent_many, extract_answer
 from common.data import hub_rows, read_rows
-from common.judge import extract_code
-from common.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401 (others: Problem)
-from common.notation import normalise
+from common.formats.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401 (others: Problem)
+from common.grading import judge
+from common.grading.answers import equivalent_many, extract_answer
+from common.grading.judge import extract_code
+from common.grading.notation import normalise
 from common.run import command_line, expect, located
 
 

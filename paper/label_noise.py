@@ -20,7 +20,7 @@ from pathlib import Path
 
 from annotate import consensus, first_wrong_steps, linear_scan, rollout_votes
 from common.data import first_wrong, read_rows
-from common.loaders import own_row
+from common.formats.loaders import own_row
 from common.metrics import interval
 from common.policy import load_policy
 from common.results import by_domain

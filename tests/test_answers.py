@@ -3,8 +3,8 @@ import time
 
 import pytest
 
-from common.answers import close, decide, equivalent_many, extract_answer, math_equal
-from common.notation import normalise, prepared
+from common.grading.answers import close, decide, equivalent_many, extract_answer, math_equal
+from common.grading.notation import normalise, prepared
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT
 
 CONCEPTS = {"prm_model": None, "annotate": 28, "train": 28, "search": 30, "evaluate": 28, "similarity": 18}  # flags
-FILES = sorted(f for folder in (".", "common", "paper", "beyond") for f in (ROOT / folder).glob("*.py"))
+FOLDERS = (".", "common", "common/grading", "common/formats", "paper", "beyond")
+FILES = sorted(f for folder in FOLDERS for f in (ROOT / folder).glob("*.py"))
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
@@ -29,6 +30,11 @@ def test_a_file_can_be_read(file):
     assert long == []
     conditions = nodes(file, ast.IfExp)
     assert [n.lineno for n in conditions if isinstance(n.body, ast.IfExp) or isinstance(n.orelse, ast.IfExp)] == []
+
+
+@pytest.mark.parametrize("file", [f.name for f in FILES if f.parent == ROOT / "common" and f.stem != "__init__"])
+def test_the_map_of_the_plumbing_has_the_file(file):
+    assert f"`{file}`" in (ROOT / "common" / "README.md").read_text()
 
 
 def test_the_six_concepts_fit_into_an_evening():

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from common import judge, sandbox
-from common.judge import decode, encode
+from common.grading import judge, sandbox
+from common.grading.judge import decode, encode
 from common.tasks import Problem, judge_many, vote_keys
 
 LINUX = sys.platform.startswith("linux")
@@ -425,13 +425,13 @@ def test_the_tree_dies_with_the_caller(number):
     script = textwrap.dedent("""
         import sys
         sys.path.insert(0, sys.argv[1])
-        from common import judge, sandbox
+        from common.grading import judge, sandbox
         sandbox.sandbox()
         print("starts", flush=True)
         tests = {"kind": "call", "entry": "f", "inputs": [[1]], "outputs": [2], "time_limit": 60.0}
         judge.judge_many([(tests, "import os, time\\nos.fork()\\nos.fork()\\ntime.sleep(1000)")])
     """)
-    command = [sys.executable, "-c", script, str(Path(judge.__file__).parents[1])]
+    command = [sys.executable, "-c", script, str(Path(judge.__file__).parents[2])]
     with subprocess.Popen(command, stdout=subprocess.PIPE) as caller:
         assert caller.stdout.readline() == b"starts\n"
         deadline, started = time.monotonic() + 60, []
@@ -455,7 +455,7 @@ def test_without_namespaces(rights, tmp_path):
     script = textwrap.dedent("""
         import json, os, sys, time, warnings
         sys.path.insert(0, sys.argv[1])
-        from common import judge, sandbox
+        from common.grading import judge, sandbox
         sandbox.bubblewrap = sandbox.unshare = lambda uid: ["false"]
         tests, good, *hostile = json.loads(sys.argv[2])
         with warnings.catch_warnings(record=True) as caught:
@@ -468,7 +468,7 @@ def test_without_namespaces(rights, tmp_path):
     """)
     hostile = [HOSTILE[name][0].replace("WHERE", str(tmp_path)) + "\n" + GOOD
                for name in ("kill the judge", "writes elsewhere", "leaves a daemon")]
-    arguments = [str(Path(judge.__file__).parents[1]), json.dumps([KINDS["call"], GOOD, *hostile])]
+    arguments = [str(Path(judge.__file__).parents[2]), json.dumps([KINDS["call"], GOOD, *hostile])]
     command = ["setpriv", f"--bounding-set={rights}", "--inh-caps=-all", sys.executable, "-c", script, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     verdicts = done.stdout.splitlines()
@@ -482,8 +482,8 @@ def test_without_namespaces(rights, tmp_path):
 def test_a_python_below_tmp_is_isolated_as_well(tmp_path):
     """Programs have a /tmp of their own, which may not hide the Python that runs them."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")], check=True)
-    ask = "from common.sandbox import sandbox; print(sandbox()[1])"
-    modes = [subprocess.run([python, "-W", "ignore", "-c", ask], cwd=Path(judge.__file__).parents[1], text=True,
+    ask = "from common.grading.sandbox import sandbox; print(sandbox()[1])"
+    modes = [subprocess.run([python, "-W", "ignore", "-c", ask], cwd=Path(judge.__file__).parents[2], text=True,
                             capture_output=True).stdout for python in (sys.executable, str(tmp_path / "venv/bin/python"))]
     assert modes[0] == modes[1] != ""
 
@@ -492,7 +492,7 @@ def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
     script = textwrap.dedent("""
         import os, socket, subprocess, sys
         sys.path.insert(0, sys.argv[1])
-        from common import inside
+        from common.grading import inside
         inside.guard("guard")
         open("inside", "w").write("x")
         os.rename("inside", "renamed")
@@ -504,7 +504,7 @@ def test_the_guard_refuses_where_the_kernel_does_not(tmp_path):
             try: attack()
             except PermissionError: print("refused")
     """)
-    command = [sys.executable, "-c", script, str(Path(judge.__file__).parents[1])]
+    command = [sys.executable, "-c", script, str(Path(judge.__file__).parents[2])]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.stdout.split() == ["refused"] * 6, done.stderr
 

@@ -24,9 +24,9 @@ from transformers import (
 
 from benchmarks import families
 from common.driver import run_together, warn_once
+from common.formats.published import export, fold
 from common.models import bos, check
 from common.policy import Policy, load_policy
-from common.published import export, fold
 from common.server import ServerPolicy
 from prm_model import PRM, load_prm, main
 

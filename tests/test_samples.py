@@ -6,9 +6,9 @@ import pytest
 
 import evaluate
 from common import tasks
-from common.converters import sample_row
 from common.data import read_set
 from common.first_errors import read_first_errors, score_first_errors
+from common.formats.converters import sample_row
 from common.samples import measurable, read_samples
 
 NAMES = ["prm by min", "prm by prod", "wmaj by prod", "maj", "pass"]

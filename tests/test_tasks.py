@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from common import judge, loaders, tasks
-from common.answers import equivalent_many, extract_answer
+from common import tasks
+from common.formats import loaders
+from common.grading import judge
+from common.grading.answers import equivalent_many, extract_answer
 from common.tasks import Problem, judge_many, load, vote_keys
 
 DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"

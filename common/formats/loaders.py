@@ -11,11 +11,11 @@ import zlib
 from dataclasses import dataclass, field
 from itertools import chain
 
-from common import judge
-from common.answers import extract_answer
-from common.converters import first_error_labels
-from common.judge import slowness
-from common.notation import normalise
+from common.formats.converters import first_error_labels
+from common.grading import judge
+from common.grading.answers import extract_answer
+from common.grading.judge import slowness
+from common.grading.notation import normalise
 from common.run import expect
 
 
@@ -25,7 +25,7 @@ class Problem:
     question: str
     domain: str  # "math" | "code"
     answer: str | list[str] | None = None  # a list: any of them is right
-    tests: dict | None = None  # code; common/judge.py says what is in it
+    tests: dict | None = None  # code; common/grading/judge.py says what is in it
     meta: dict = field(default_factory=dict)
 
 

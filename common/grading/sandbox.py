@@ -3,7 +3,7 @@
 The prefix is chosen once, by trying: bubblewrap (`bwrap`), else `unshare` and `setpriv` of
 util-linux, else none and a warning. Both give a program processes, network, IPC and files of its
 own: the system's libraries and Python, read-only, and a folder in memory. No other file of the host
-can be seen, and no socket. Behind it waits the spawner of common/inside.py, one for each thread.
+can be seen, and no socket. Behind it waits the spawner of inside.py, one for each thread.
 """
 import contextlib
 import functools
@@ -23,7 +23,7 @@ import time
 import warnings
 from pathlib import Path
 
-from common.inside import REMOVE
+from common.grading.inside import REMOVE
 
 MEMORY = 4 << 30  # bytes of address space per process, as evalplus
 PROCESSES = 64  # processes and threads of one program
@@ -144,7 +144,7 @@ os.register_at_fork(after_in_child=lambda: (IDLE.clear(), LIVE.clear()))  # they
 
 
 class Spawner:
-    """A process of common/inside.py behind the prefix. OSError if it does not start."""
+    """A process of inside.py behind the prefix. OSError if it does not start."""
 
     def __init__(self, prefix, mode):
         self.mode, self.folder = mode, "/tmp"

@@ -1,6 +1,6 @@
 """Inside of the sandbox: a spawner, and the child that it forks for each program.
 
-common/sandbox.py starts `python -c THIS_FILE` behind bwrap or unshare, once for each of its
+sandbox.py starts `python -c THIS_FILE` behind bwrap or unshare, once for each of its
 threads: to start Python in namespaces of its own costs 60 ms, to fork it costs 2. The spawner never
 reads a request: it forks, and the child does. So its memory, which every child copies, holds the
 standard library and this file, but no earlier program, no input and no expected output. When a
@@ -286,7 +286,7 @@ def run_calls(request, results, mode, names):
     For each list of arguments a line "status seconds JSON".
     """
     function = None
-    # common/referee.py stands behind this file in what the spawner is started with
+    # referee.py stands behind this file in what the spawner is started with
     referee = Referee(request) if request["test"] else None  # noqa: F821
     guard(mode)
     for args in request["inputs"]:

@@ -13,8 +13,8 @@ import threading
 from itertools import chain, repeat, takewhile
 from pathlib import Path
 
-from common import judge
-from common.notation import normalise, prepared
+from common.grading import judge
+from common.grading.notation import normalise, prepared
 
 # "answer is", "answer:", with Markdown's marks; a heading "# Answer"; a line "A:"
 STATED = re.compile(r"(?im)(?<![a-z])answer(?: to [^\n.:]{1,80})?[ \t*_`]*(?:is\b[ \t*_`]*:?|[:=])"
@@ -124,8 +124,8 @@ def _verify_chunk(pairs):
         try:
             worker = _idle.pop()
         except IndexError:
-            serve_it = [sys.executable, "-c", "from common.answers import serve; serve()"]
-            worker = subprocess.Popen(serve_it, cwd=Path(__file__).parents[1],
+            serve_it = [sys.executable, "-c", "from common.grading.answers import serve; serve()"]
+            worker = subprocess.Popen(serve_it, cwd=Path(__file__).parents[2],
                                       stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         # its CPU time is limited by itself; the wall clock is for one that waits for ever
         patience = threading.Timer((20 * limit + 60) * len(pairs), worker.kill)

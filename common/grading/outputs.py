@@ -1,7 +1,7 @@
 """Is an output right? Compared in the caller, as evalplus, LiveCodeBench and APPS compare.
 
-Both sides are JSON that encode() of common/inside.py makes. What a program sent stays JSON: none of
-it is hashed, calls code, or is compared in more than linear time.
+Both sides are JSON that encode() of inside.py makes. What a program sent stays JSON: none of it is
+hashed, calls code, or is compared in more than linear time.
 """
 import contextlib
 import json
@@ -9,7 +9,7 @@ import math
 import re
 from decimal import Decimal
 
-from common.inside import answer, encode, plain  # noqa: F401 (for callers)
+from common.grading.inside import answer, encode, plain  # noqa: F401 (for callers)
 
 DECODE = {
     "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes.fromhex,

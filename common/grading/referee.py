@@ -1,6 +1,6 @@
 """assert and unittest tests, inside of the sandbox: they share the program's process.
 
-common/sandbox.py sends this file's text along with common/inside.py.
+sandbox.py sends this file's text along with that of inside.py.
 """
 import builtins
 import functools

@@ -39,9 +39,9 @@ import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
 
-from common.outputs import answer, decode, encode, plain, right, same, same_text  # noqa: F401
-from common.programs import examples, extract_code, parsed  # noqa: F401
-from common.sandbox import close, execute  # noqa: F401
+from common.grading.outputs import answer, decode, encode, plain, right, same, same_text  # noqa: F401
+from common.grading.programs import examples, extract_code, parsed  # noqa: F401
+from common.grading.sandbox import close, execute  # noqa: F401
 
 SECONDS = 2.0  # CPU seconds per test when nothing better is known; times slowness()
 TOTAL = 20.0  # CPU seconds of all tests of a program, beyond what the reference solution needs
