@@ -10,7 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from itertools import chain, repeat, takewhile
+from importlib.util import find_spec
+from itertools import chain, repeat
 from pathlib import Path
 
 from common.grading import judge
@@ -88,10 +89,9 @@ def equivalent_many(pairs):
     singles = chain.from_iterable(zip(golds, repeat(pred)) for golds, pred in pairs)
     equal = {pair: decide(*pair) for pair in singles}
     todo = [pair for pair, verdict in equal.items() if verdict is None]
-    size = max(1, min(64, len(todo) // judge.cores()))  # in chunks: a bar that moves
-    chunks = [(todo[i:i + size],) for i in range(0, len(todo), size)]
-    for (chunk,), verdicts in zip(chunks, judge.parallel(_verify_chunk, chunks)):
-        equal.update(zip(chunk, verdicts))
+    if todo and not find_spec("math_verify"):
+        raise RuntimeError("math answers need math-verify: pip install 'math-verify[antlr4_13_2]'")
+    equal.update(zip(todo, judge.parallel(verify, todo)))
     return [any(equal[one, pred] for one in golds) for golds, pred in pairs]
 
 
@@ -116,35 +116,27 @@ _idle = []  # workers live on between calls: importing sympy costs a second
 os.register_at_fork(after_in_child=_idle.clear)  # they belong to the parent
 
 
-def _verify_chunk(pairs):
-    """Compare in a worker. A pair that hangs or kills it is unequal; a new one takes the rest."""
-    verdicts, limit = [], 5 * judge.slowness()
-    while len(verdicts) < len(pairs):
-        rest = pairs[len(verdicts):]
-        try:
-            worker = _idle.pop()
-        except IndexError:
-            serve_it = [sys.executable, "-c", "from common.grading.answers import serve; serve()"]
-            worker = subprocess.Popen(serve_it, cwd=Path(__file__).parents[2],
-                                      stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        # its CPU time is limited by itself; the wall clock is for one that waits for ever
-        patience = threading.Timer((20 * limit + 60) * len(pairs), worker.kill)
-        patience.start()
-        with contextlib.suppress(BrokenPipeError):
-            worker.stdin.write(json.dumps([limit, rest]).encode() + b"\n")
-            worker.stdin.flush()
-        replies = takewhile(bool, (worker.stdout.readline() for _ in rest))
-        verdicts += [json.loads(reply) for reply in replies]
-        patience.cancel()
-        if "missing" in verdicts:
-            raise RuntimeError("math answers need math-verify: "
-                               "pip install 'math-verify[antlr4_13_2]'")
-        if len(verdicts) < len(pairs):
-            verdicts.append(False)
-            stop(worker)
-        else:
-            _idle.append(worker)
-    return verdicts
+def verify(gold, pred):
+    """Compare in a worker. What hangs or kills it is unequal."""
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        serve_it = [sys.executable, "-c", "from common.grading.answers import serve; serve()"]
+        worker = subprocess.Popen(serve_it, cwd=Path(__file__).parents[2], text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    # its CPU time is limited by itself; the wall clock is for one that waits for ever
+    limit = 5 * judge.slowness()
+    patience = threading.Timer(20 * limit + 60, worker.kill)
+    patience.start()
+    with contextlib.suppress(BrokenPipeError):
+        print(json.dumps([limit, gold, pred]), file=worker.stdin, flush=True)
+    reply = worker.stdout.readline()
+    patience.cancel()
+    if reply:
+        _idle.append(worker)
+    else:
+        stop(worker)
+    return reply == "true\n"
 
 
 def stop(worker):
@@ -159,24 +151,21 @@ def close():
 
 
 def serve():
-    """A worker's whole life: a line [limit, pairs] in, a line for each pair out.
+    """A worker's whole life: a line [limit, gold, pred] in, a line true or false out.
 
     Beyond its CPU time a signal ends it.
     """
     logging.disable(logging.WARNING)  # math-verify warns that it has no time limit of its own
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, resource.getrlimit(resource.RLIMIT_AS)[1]))
     for line in sys.stdin:
-        limit, pairs = json.loads(line)
-        for gold, pred in pairs:
-            signal.setitimer(signal.ITIMER_PROF, limit)
-            try:
-                verdict = math_equal(gold, pred)
-            except ModuleNotFoundError:
-                verdict = "missing"
-            except Exception:  # math-verify raises whatever sympy raises
-                verdict = False
-            signal.setitimer(signal.ITIMER_PROF, 0)
-            print(json.dumps(verdict), flush=True)
+        limit, gold, pred = json.loads(line)
+        signal.setitimer(signal.ITIMER_PROF, limit)
+        try:
+            verdict = bool(math_equal(gold, pred))
+        except Exception:  # math-verify raises whatever sympy raises
+            verdict = False
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        print(json.dumps(verdict), flush=True)
 
 
 @functools.lru_cache(10_000)
