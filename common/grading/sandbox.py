@@ -55,13 +55,9 @@ def without_rights(uid):
 @functools.cache
 def python_folders():
     """What an isolated Python reads: the system's libraries, its own, its packages."""
-    ask = "import sys; print('\\n'.join([sys.prefix, sys.base_prefix, *sys.path]))"
-    done = subprocess.run([sys.executable, "-s", "-c", ask], capture_output=True, text=True,
-                          env=ENVIRONMENT, cwd="/")
-    binary = Path(os.path.realpath(sys.executable)).parent.parent
-    paths = [str(binary), *filter(os.path.isdir, done.stdout.split("\n"))]
+    paths = [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
     folders = [*filter(os.path.exists, SYSTEM)]
-    for path in sorted({*paths, *map(os.path.realpath, paths)} - {"/", ""}):
+    for path in sorted({*paths, *map(os.path.realpath, paths)} - {"/"}):
         if not any(Path(path).is_relative_to(folder) for folder in folders):
             folders.append(path)
     return folders
@@ -122,12 +118,10 @@ def sandbox():
     modes[nothing] = "guard"
     for prefix, mode in modes.items():
         try:
-            spawner = Spawner(prefix, mode)
+            IDLE.append(Spawner(prefix, mode))
+            break
         except OSError as error:
             failures.append(f"{prefix.__name__}: {error}")
-            continue
-        IDLE.append(spawner)
-        break
     else:
         raise RuntimeError("the judge cannot run Python: " + "; ".join(failures))
     if mode != "namespaces":
@@ -179,38 +173,48 @@ class Spawner:
                 raise OSError(lines[-1] if lines else "it does not start")
 
     def run(self, request):
-        """-> (bytes that a program wrote, how it ended, CPU seconds, may it go on?)"""
-        total = request["total"]
-        limits = {"CPU": math.ceil(total) + 1, "AS": MEMORY, "FSIZE": FILES // 2, "NOFILE": 128,
-                  "CORE": 0, "STACK": 64 << 20, "NPROC": PROCESSES, "MSGQUEUE": 0}
-        with contextlib.suppress(BrokenPipeError):
-            rest = memoryview(marshal.dumps({**request, "limits": limits}))
-            while rest:
-                rest = rest[self.process.stdin.write(rest):]
-        data, why = self.watch(request)
-        if why:
-            return data, why, 0.0, False
-        line = os.read(self.status.fileno(), 1000)
-        if not line:
-            return data, "killed the judge", 0.0, False
-        code, seconds, left, again = json.loads(line)
-        ends = {0: "exited early", 77: "memory", -signal.SIGXCPU: "timeout"}
-        why = "left processes running" if left else ends.get(code, f"exit code {code}")
-        return data, why, seconds, again
+        """Run a program. -> (bytes that it wrote, how it ended, CPU seconds)"""
+        cpu = math.ceil(request["total"]) + 1
+        limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": FILES // 2, "NOFILE": 128, "CORE": 0,
+                  "STACK": 64 << 20, "NPROC": PROCESSES, "MSGQUEUE": 0}
+        again = False
+        try:
+            with contextlib.suppress(BrokenPipeError):
+                rest = memoryview(marshal.dumps({**request, "limits": limits}))
+                while rest:
+                    rest = rest[self.process.stdin.write(rest):]
+            data, why = self.watch(request)
+            if why:
+                return data, why, 0.0
+            line = os.read(self.status.fileno(), 1000)
+            if not line:
+                return data, "killed the judge", 0.0
+            code, seconds, left, again = json.loads(line)
+            ends = {0: "exited early", 77: "memory", -signal.SIGXCPU: "timeout"}
+            why = "left processes running" if left else ends.get(code, f"exit code {code}")
+            return data, why, seconds
+        finally:
+            if again:
+                IDLE.append(self)
+            else:
+                self.stop()
 
     def watch(self, request):
         """Read what a program writes until it ends, or has to. -> (bytes, why it had to)"""
         # CPU time is what the limits count, so that a busy machine fails nobody. The wall clock
-        # ends programs that sleep: ten times the CPU seconds that may pass until the next line, or
-        # in all, and longer where more processes want to run than there are cores.
+        # ends programs that sleep: after ten times as many seconds, or more where more processes
+        # want to run than there are cores.
         patience = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
-        limit, total = request["limit"], request["total"]
+
+        def deadline(seconds):
+            return used + seconds, looked + patience * seconds + 2
+
+        used, looked = cpu_seconds(self.process.pid), time.monotonic()
+        deadlines = {"line": deadline(request["limit"]), "all": deadline(request["total"])}
         output, status, data = self.process.stdout.fileno(), self.status.fileno(), bytearray()
         poller = select.poll()  # select() would refuse descriptors above 1,023
         poller.register(output, select.POLLIN)
         poller.register(status, select.POLLIN)
-        used = before = line_used = cpu_seconds(self.process.pid)
-        start = line_start = looked = time.monotonic()
         while True:
             ready = dict(poller.poll(50))
             if output in ready:
@@ -221,18 +225,13 @@ class Spawner:
                 if not chunk:
                     poller.unregister(output)
                 if b"\n" in chunk and request["kind"] == "call":  # one more test is through
-                    line_start, line_used = time.monotonic(), used
+                    deadlines["line"] = deadline(request["limit"])
             elif status in ready:  # all that could write has ended
                 return data, None
-            now = time.monotonic()
-            if now - looked < 0.05:
-                continue
-            looked, used = now, max(used, cpu_seconds(self.process.pid))
-            if used - line_used > limit or used - before > total:
-                return data, "timeout"
-            waited, whole = now - line_start - 2, now - start - 2
-            if waited > patience * limit or whole > patience * total:
-                return data, "timeout"
+            if time.monotonic() - looked > 0.05:
+                used, looked = max(used, cpu_seconds(self.process.pid)), time.monotonic()
+                if any(used > cpu or looked > wall for cpu, wall in deadlines.values()):
+                    return data, "timeout"
 
     def stop(self):
         """The spawner kills its program and removes its folder when stdin is closed."""
@@ -273,15 +272,7 @@ def execute(request):
         spawner = IDLE.pop()
     except IndexError:
         spawner = Spawner(prefix, mode)
-    again = False
-    try:
-        data, why, seconds, again = spawner.run(request)
-    finally:
-        if again:
-            IDLE.append(spawner)
-        else:
-            spawner.stop()
-    return data, why, seconds
+    return spawner.run(request)
 
 
 def close():
