@@ -12,6 +12,7 @@ What a child writes is the program's word: the caller trusts none of it.
 import atexit
 import contextlib
 import ctypes
+import functools
 import hashlib
 import json
 import marshal
@@ -296,7 +297,7 @@ def run_calls(request, results, mode, names):
                 space = load(request, "solution", names)
                 function = entry_point(request["entry"], space, names)
                 if referee:
-                    function = referee.runner(function, space)
+                    function = functools.partial(referee.run, function, space)
                 start = time.process_time()
             value = function(*args)
             text = answer(without_tuples(value) if request["contest"] else value)

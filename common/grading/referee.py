@@ -2,6 +2,7 @@
 
 sandbox.py sends this file's text along with that of inside.py.
 """
+import ast
 import builtins
 import functools
 import importlib
@@ -25,16 +26,18 @@ class Referee:
     """
 
     def __init__(self, request):
-        self.request, self.mock = request, None
-        if request["kind"] == "unittest" and "mock" in request["test"]:
-            self.mock = importlib.import_module("unittest.mock")  # 60 ms: only where it is needed
+        self.request = request
+        # 60 ms: only where it is needed
+        self.mock = importlib.import_module("unittest.mock") if "mock" in request["test"] else None
         self.modules = dict(sys.modules)
-        self.code = compile(request["test"], "<tests>", "exec", dont_inherit=True)
-        watched = [builtins, os, math, unittest.TestCase, unittest.TestSuite, unittest.TestLoader]
-        watched += [m for name, m in self.modules.items() if name.startswith("unittest")]
+        tree = ast.parse(request["test"])
+        self.code = compile(tree, "<tests>", "exec")
+        self.used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        judges = [builtins, os, math, unittest.TestCase, unittest.TestSuite, unittest.TestLoader]
+        judges += [m for name, m in self.modules.items() if name.startswith("unittest")]
         # of modules only what can be called: mock_open() sets a variable of unittest.mock
         self.before = []
-        for thing in watched:
+        for thing in judges:
             self.before += [(thing, *item) for item in vars(thing).items() if callable(item[1])]
 
     def check(self):
@@ -42,14 +45,12 @@ class Referee:
         if any(vars(thing).get(name) is not value for thing, name, value in self.before):
             raise PermissionError("the program changes what judges it")
 
-    def runner(self, function, space):
-        return lambda: self.run(function, space)
-
     def run(self, function, space):
+        """Raises what a test raises. -> the token of success"""
         names = {"__name__": "__test__", "__builtins__": builtins}
         sys.modules["__test__"] = type(sys)("__test__")
         # the program's names that the tests use, such as a helper of the prompt; never a builtin
-        for name in (names_in(self.code) & set(space)) - set(vars(builtins)):
+        for name in (self.used & set(space)) - set(vars(builtins)):
             names[name] = vars(math).get(name) or self.plain(space[name])
         names[self.request["entry"]] = self.plain(function)
         sys.modules.update(self.modules)
@@ -58,11 +59,11 @@ class Referee:
         ran = self.request["kind"] == "assert"
         if "def check(" in self.request["test"]:
             names["check"](names[self.request["entry"]])
-        cases = [c for c in names.values() if isinstance(c, type)]
-        for case in [c for c in cases if issubclass(c, unittest.TestCase)]:
+        classes = [value for value in names.values() if isinstance(value, type)]
+        for case in [c for c in classes if issubclass(c, unittest.TestCase)]:
             suite = unittest.TestLoader().loadTestsFromTestCase(case)
             ran = ran or suite.countTestCases() > 0
-            suite.debug()  # raises what a test raises; a skipped test does too
+            suite.debug()  # a skipped test raises, too
         self.check()
         if not ran:
             raise PermissionError("no test has run")
@@ -88,8 +89,6 @@ class Referee:
         for owner in kind.__mro__[:-1]:
             if not all(self.known(vars(owner).get(name), owner) for name in COMPARING):
                 raise TypeError("a result that redefines what comparing means")
-        if self.mock and kind is type(self.mock.ANY):
-            raise TypeError("a result that equals everything")
         if isinstance(value, dict):
             value = [*value.keys(), *value.values()]
         if isinstance(value, (list, tuple, set, frozenset)):
@@ -99,15 +98,9 @@ class Referee:
     def known(self, method, owner):
         """Not written by the program? By the file it was compiled from: a class may lie on this."""
         file = getattr(getattr(method, "__code__", None), "co_filename", "<")
-        if file == "<string>" and "__dataclass_fields__" in vars(owner):
+        if file.endswith("mock.py"):  # ANY equals everything
+            return self.mock is not None and owner is not type(self.mock.ANY)
+        if self.mock and type(method) is self.mock.MagicProxy or type(method) in NATIVE:
             return True
-        if self.mock is None and file.endswith("mock.py"):
-            return False  # ANY equals everything
-        proxy = self.mock and type(method) is self.mock.MagicProxy
-        return proxy or type(method) in NATIVE or not file.startswith("<")
-
-
-def names_in(code):
-    """All names that compiled code may look up."""
-    inner = [names_in(c) for c in code.co_consts if isinstance(c, type(code))]
-    return set(code.co_names).union(*inner)
+        dataclass = file == "<string>" and "__dataclass_fields__" in vars(owner)
+        return dataclass or not file.startswith("<")
