@@ -84,18 +84,13 @@ def plain(code, digits=17):
 
 def answer(value):
     """The JSON text of a value; of a long one (HumanEval/130: 7 MB) a digest that equal ones share.
-
-    "Long" is the plain text, so that 2.0 for 2 makes no digest of one and a text of the other.
     """
-    code, text, normal = encode(value), "", ""
-    if not isinstance(code, list) or len(code) < LONG:  # else it is long for certain
-        text = json.dumps(code)
-    if not 0 < len(text) <= LONG:
-        normal = plain(code, digits=6)
+    code = encode(value)
+    normal = plain(code, digits=6)  # as long for 2.0 as for 2
     if len(normal) > LONG:
         normal = hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
-        return json.dumps({"t": "digest", "v": normal})
-    return text
+        code = {"t": "digest", "v": normal}
+    return json.dumps(code)
 
 
 def without_tuples(value):
@@ -125,7 +120,7 @@ def spawner(status, folder, mode):
             os.close(status)
             child(mode, names)
         ended = wait_for_child(pid)
-        left = kill_all(pid, mode, (0, 0.02, 0.1) if ended else ())
+        left = kill_all(pid, mode)
         if not ended:
             break
         again = world() == world_before
@@ -167,40 +162,29 @@ def world():
 
 def wait_for_child(pid):
     """-> (exit code, CPU seconds), or None: the caller has gone, and nobody wants to know."""
-    poller, milliseconds = select.poll(), 5
-    poller.register(0, 0)  # no event but that its other end is closed
-    with contextlib.suppress(AttributeError, OSError):  # macOS, old kernels: look every 5 ms
-        handle = os.pidfd_open(pid)
-        poller.register(handle, select.POLLIN)
-        milliseconds = 100
-    while True:
+    caller = select.poll()
+    caller.register(0, 0)  # no event but that its other end is closed
+    while not caller.poll(2):  # milliseconds
         ended, status, usage = os.wait4(-1, os.WNOHANG)  # orphans come to process 1
-        gone = not ended and 0 in dict(poller.poll(milliseconds))
-        if ended == pid or gone:
-            break
-    if milliseconds == 100:
-        os.close(handle)
-    seconds = usage.ru_utime + usage.ru_stime
-    return None if gone else (os.waitstatus_to_exitcode(status), seconds)
+        if ended == pid:
+            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+    return None
 
 
-def kill_all(pid, mode, pauses):
+def kill_all(pid, mode):
     """Kill and reap what a program has started. -> has it left anything running?"""
-    if mode == "guard":  # it could start nothing
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        if mode == "guard":  # it could start nothing, and kill(-1) would end the user's processes
             os.killpg(pid, signal.SIGKILL)
-        return False
-    try:
-        for pause in pauses if mode == "namespaces" else ():
-            # what is on its way out may end by itself
-            time.sleep(pause)
+            return False
+        for pause in (0, 0.02, 0.1) if mode == "namespaces" else ():
+            time.sleep(pause)  # what is on its way out may end by itself
             reap(os.WNOHANG)
             os.kill(-1, 0)  # is there anybody?
         os.kill(-1, signal.SIGKILL)
-    except ProcessLookupError:
-        return False
-    reap(0)
-    return mode == "namespaces"  # kill() does not say whether anybody else has our user id
+        reap(0)
+        return mode == "namespaces"  # kill() does not say whether anybody else has our user id
+    return False
 
 
 def reap(flag):
@@ -245,11 +229,6 @@ def load(request, name, names):
     if request["contest"]:
         sys.setrecursionlimit(50_000)
         space.update((k, v) for k, v in names.items() if not k.startswith("__"))
-        if "np." in request["code"]:
-            with contextlib.suppress(ImportError):
-                import numpy
-
-                space["np"] = names["np"] = numpy
     exec(compile(request["code"], "<program>", "exec", dont_inherit=True), space)
     return space
 
