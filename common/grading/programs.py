@@ -49,43 +49,37 @@ def extract_code(text, problem):
     """The program in a solution text.
 
     The last fenced block that defines the entry point, else the last that is tagged as Python, else
-    the last that parses as more than an expression (sample output follows many programs), else the
-    text. What lacks the entry point goes behind the prompt, which holds its signature and imports.
-    Programs of benchmarks with a prompt are sanitized as evalplus does, unless the problem's
-    meta["sanitize"] is False.
+    the last that is a program (sample output follows many programs), else the text. What lacks the
+    entry point goes behind the prompt, which holds its signature and imports. Programs of
+    benchmarks with a prompt are sanitized as evalplus does, unless the problem's meta["sanitize"]
+    is False.
     """
     text = text.removeprefix("\ufeff")
     meta, name = problem.meta, (problem.tests or {}).get("entry") or ""
-    prompt = meta.get("prompt")
     word = re.escape(name)
     defines = re.compile(rf"^[ \t]*(?:async +)?(?:def|class) +{word}\b|^{word}[ \t]*=", re.M)
-    code = choose([*fenced_blocks(text)], name and defines, text)
+    blocks = fenced_blocks(text)
+    codes = [code for _, code in blocks]
+    candidates = name and [code for code in codes if defines.search(code)]
+    candidates = candidates or [code for tag, code in blocks if tag in PYTHON]
+    # the last but one: an unfenced program, and a stray fence after it
+    candidates = candidates or [*filter(is_program, codes)]
+    candidates = candidates or [*filter(is_program, [text.split("```")[0]])] or codes or [text]
+    code = candidates[-1].removeprefix("\ufeff")
+    prompt, helpers = meta.get("prompt"), meta.get("helpers", "")
     if not prompt or not name:
         return code
-    helpers = meta.get("helpers", "")  # HumanEval/38: the prompt defines what the body may call
     if not defines.search(code):
         code, helpers = prompt + code, ""
+    # helpers (HumanEval/38): what the prompt defines and the body may call
     return sanitized(code, name, helpers, meta.get("sanitize", True))
 
 
-def choose(blocks, defines, text):
-    defining = [code for _, code in blocks if defines and defines.search(code)]
-    tagged = [code for word, code in blocks if word in PYTHON]
-    parsing = [code for _, code in blocks if is_program(code)]
-    if not defining and not tagged and not parsing and is_program(text.split("```")[0]):
-        return text.split("```")[0]  # an unfenced program, and a stray fence after it
-    candidates = defining or tagged or parsing or [code for _, code in blocks] or [text]
-    return candidates[-1].removeprefix("\ufeff")
-
-
 def is_program(code):
-    tree = parsed(code)
-    if tree is None:
-        return False
-    # "3" and "a, b" parse, too; a docstring alone does not make a program
-    values = (ast.Constant, ast.Name, ast.Tuple, ast.List, ast.BinOp, ast.UnaryOp, ast.Compare)
-    return any(not isinstance(getattr(node, "value", node), values) or isinstance(node, ast.Assign)
-               for node in tree.body)
+    """"3" and "a, b" parse, too: there has to be a statement or a call."""
+    nodes = ast.walk(parsed(code) or ast.Module([]))
+    return any(isinstance(n, ast.Call) or isinstance(n, ast.stmt) and not isinstance(n, ast.Expr)
+               for n in nodes)
 
 
 # ------------------------------------------------------------------ as evalplus sanitizes
@@ -101,17 +95,18 @@ def sanitized(code, entry, helpers="", strict=True):
     tree = parsed(code) or parsed(without_prose(code))
     if tree is None:
         return helpers + code
-    future = [n for n in tree.body if isinstance(n, ast.ImportFrom) and n.module == "__future__"]
-    body = [n for n in tree.body if n not in future]
-    if strict:
-        needed = reachable(tree, entry)
-        body = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))
-                or names_of(n) & needed]
-    if any(entry in names_of(n) for n in body):
-        with contextlib.suppress(RecursionError):  # an expression that is nested very deeply
-            texts = ["\n".join(map(ast.unparse, nodes)) for nodes in (future, body)]
-            return "\n".join([texts[0], helpers.rstrip("\n"), texts[1]]).lstrip("\n")
-    return helpers + code
+    imports, needed = (ast.Import, ast.ImportFrom), reachable(tree, entry)
+    body = [node for node in tree.body
+            if not strict or isinstance(node, imports) or names_of(node) & needed]
+    future = [node for node in body if getattr(node, "module", None) == "__future__"]
+    body = [node for node in body if node not in future]
+    if not any(entry in names_of(node) for node in body):
+        return helpers + code
+    try:
+        texts = ["\n".join(map(ast.unparse, nodes)) for nodes in (future, body)]
+    except RecursionError:  # an expression that is nested very deeply
+        return helpers + code
+    return "\n".join([texts[0], helpers.rstrip("\n"), texts[1]]).lstrip("\n")
 
 
 def names_of(node):
@@ -144,16 +139,16 @@ def reachable(tree, entry):
 def without_prose(code):
     """A program between sentences: from its first line of code to where it stops parsing."""
     start = re.search(r"^(?:import |from \w|def |class |async def |@)", code, re.M)
-    code = code[start.start():] if start else code
+    lines = (code[start.start():] if start else code).split("\n")
     for _ in range(20):  # each round cuts at one error: prose has few lines that parse
         try:
-            ast.parse(code)
+            ast.parse("\n".join(lines))
             break
         except SyntaxError as error:
-            code = "\n".join(code.split("\n")[:(error.lineno or 1) - 1])
+            lines = lines[:(error.lineno or 1) - 1]
         except (ValueError, RecursionError, MemoryError):
             break
-    return code
+    return "\n".join(lines)
 
 
 def examples(question, entry):
