@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
 FLOORS = ["early", "run", "formats.converters", "data", "grading.inside", "grading.referee", "grading.programs",
-          "grading.outputs", "grading.sandbox", "grading.judge", "grading.notation", "grading.answers", "formats.loaders",
+          "grading.sandbox", "grading.judge", "grading.notation", "grading.answers", "formats.loaders",
           "tasks", "node", "driver", "cache", "models", "thinking", "policy", "formats.published", "examples", "server",
           "prm_server", "metrics", "router", "results", "page", "responses", "samples", "first_errors", "solutions",
           "checkpoint"]

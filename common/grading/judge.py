@@ -12,34 +12,35 @@ Tests are a dict with a "kind", and optionally "atol", "time_limit" (CPU s per t
     assert    entry, test: code that defines check(candidate), or asserts on the program's functions
     unittest  entry, test: code with unittest.TestCase classes
 
-In the order of a program's life: programs.py takes it out of a solution text, sandbox.py isolates
-it, inside.py calls it there, and outputs.py compares. Inputs go in by a pipe and outputs come out
-as JSON: expected outputs of call and stdin tests never enter. As root it gets another user id.
+programs.py takes a program out of a solution text, sandbox.py isolates it, and inside.py calls it
+there. Inputs go in by a pipe and outputs come out as JSON, to be compared here: the expected outputs
+of call and stdin tests never enter. As root a program gets another user id.
 
 What this does NOT protect from:
 - `assert` and `unittest` tests share their process with the program, since they patch its modules.
-  Changed builtins or assert methods, names of the tests and results that redefine == are noticed.
-  A search of memory for the token of success, or a module that the tests import later, is not;
+  What is cheap to forge is noticed; a search of memory for the token of success is not, nor is a
+  change of a module that the tests import later;
 - kernel bugs, side channels, and MEMORY in each of PROCESSES processes (there is no cgroup);
-- two programs that plan together and run one after the other: they may pass on a message through
-  the kernel (a keyring). Files, processes and shared memory do not outlive a program;
+- two programs that run one after the other, and leave a message in the kernel (a keyring);
 - CPU time that short-lived grandchildren use unseen: then the wall clock ends the program;
 - where namespaces are refused (some containers, macOS) one warning says so. Programs then see your
-  files, and only a guard in their own process keeps them from changing these and from the network;
-  starting processes is refused to them. The guard is a net for accidents, not a wall.
+  files, and only a guard in their own process, a net for accidents, keeps them from changing these.
 Run code that is hostile on purpose in a virtual machine.
 """
 import ast
+import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 import time
 import timeit
 from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
-from common.grading.outputs import answer, decode, encode, plain, right, same, same_text  # noqa: F401
+from common.grading.inside import answer, encode, plain  # noqa: F401 (encode: for callers)
 from common.grading.programs import examples, extract_code, parsed  # noqa: F401
 from common.grading.sandbox import close, execute  # noqa: F401
 
@@ -84,51 +85,53 @@ def limit_of(tests):
     return max(tests.get("time_limit") or SECONDS * slowness(), 4 * slowest)
 
 
-def run_program(tests, code, inputs=None, longer=1):
-    """Run a program on its tests, or on other inputs. -> ([(status, answer, CPU s)], token)
+def run_program(tests, code, longer=1):
+    """Run a program on its tests. -> [(status, answer, CPU s)]
 
     The answer to each input: JSON text, or what a stdin program printed. It may answer to fewer;
     the last status is then the reason. status: "ok", "exception: TypeError", "timeout", ...
     """
-    kind = "call" if inputs is not None and tests["kind"] != "stdin" else tests["kind"]
-    if inputs is None:
-        inputs = tests["inputs"] if kind in ("call", "stdin") else [[]]
-    limit, token = longer * limit_of(tests), os.urandom(16).hex()
+    kind, limit, token = tests["kind"], longer * limit_of(tests), os.urandom(16).hex()
     total = max(limit, longer * TOTAL * slowness() + 4 * sum(tests.get("seconds") or ()))
     request = {"kind": kind, "code": code.removeprefix("\ufeff"), "entry": tests.get("entry"),
-               "inputs": inputs, "test": tests["test"] if kind in ("assert", "unittest") else "",
-               "contest": bool(tests.get("contest")), "token": token, "total": total,
-               "limit": limit if kind in ("call", "stdin") else total}
+               "inputs": tests["inputs"] if kind in ("call", "stdin") else [[]],
+               "test": tests.get("test"), "contest": bool(tests.get("contest")), "token": token,
+               "limit": limit if kind in ("call", "stdin") else total, "total": total}
     answers = []
     if kind == "stdin":
-        for text in inputs:
+        for text in request["inputs"]:
             data, end, seconds = execute({**request, "inputs": [text]})
-            status = "ok" if end == "exited early" else end
-            answers.append((status, data.decode("utf-8", "replace"), seconds))
-            if status != "ok":
+            answers.append((end or "ok", data.decode("utf-8", "replace"), seconds))
+            if end:
                 break
-        return answers, token
+        return answers
     data, end, _ = execute(request)
     # a line for each input: what more there is, the program has made up
-    lines = data.split(b"\n", len(inputs))[:-1][:len(inputs)]
-    for line in lines:
-        status, seconds, text = [*line.decode("utf-8", "replace").split(" ", 2), "", ""][:3]
-        if status == "exc":
-            name = text.strip('"')[:100]
-            status = "memory" if name == "MemoryError" else f"exception: {name}"
-        elif status != "ok" or not re.fullmatch(r"\d{1,9}\.\d{6}", seconds):
-            status, seconds = "malformed answer", "0"  # the program has written it
-        answers.append((status, text, float(seconds)))
-    if len(lines) < len(inputs) and all(status == "ok" for status, *_ in answers):
-        answers.append((end, "", 0.0))
-    if end == "left processes running":
-        answers[0] = (end, "", 0.0)
-    return answers, token
+    number = len(request["inputs"])
+    answers = [reply(line) for line in data.split(b"\n", number)[:-1][:number]]
+    if kind != "call":
+        passed = f'"{token}"'
+        answers = [(status if text == passed or status != "ok" else "wrong answer", text, seconds)
+                   for status, text, seconds in answers]
+    if len(answers) < number and all(status == "ok" for status, *_ in answers):
+        answers.append((end or "exited early", "", 0.0))
+    return [(end, "", 0.0)] if end == "left processes running" else answers
+
+
+def reply(line):
+    """A line of inside.py's, or what a program wrote in its place. -> (status, answer, CPU s)"""
+    match = re.fullmatch(r"(ok|exc) (\d{1,9}\.\d{6}) (.*)", line.decode("utf-8", "replace"), re.S)
+    if not match:
+        return "malformed answer", "", 0.0
+    status, seconds, text = match.groups()
+    if status == "exc":
+        status = "memory" if text == "MemoryError" else f"exception: {text[:100]}"
+    return status, text, float(seconds)
 
 
 def run_reference(tests):
     """Fills in tests["seconds"], and where they lack (evalplus) the "expected" outputs."""
-    answers, _ = run_program(tests, tests["reference"], longer=10)
+    answers = run_program(tests, tests["reference"], longer=10)
     broken = [status for status, *_ in answers if status != "ok"]
     tests["seconds"] = [] if broken else [seconds for *_, seconds in answers]
     if "outputs" not in tests and tests["kind"] == "call":
@@ -139,47 +142,145 @@ def run_reference(tests):
 
 def judge(tests, code):
     """-> "ok" or why not. After a timeout the reference is timed: a slow one stretches limits."""
+    if not tests or not has_tests(tests):
+        return "no tests"
     limit = limit_of(tests)  # before the run: another thread may time the reference during it
-    why = verdict(tests, *run_program(tests, code))
+    why = verdict(tests, run_program(tests, code))
     if why == "timeout" and tests.get("reference"):
         if "seconds" not in tests:
             run_reference(tests)
         if limit_of(tests) > limit:
-            why = verdict(tests, *run_program(tests, code))
+            why = verdict(tests, run_program(tests, code))
     return why
 
 
-def verdict(tests, answers, token):
+def verdict(tests, answers):
     if "broken" in tests:
         return tests["broken"]
     for i, (status, text, _) in enumerate(answers):
         if status != "ok":
             return status
-        if tests["kind"] == "stdin":
-            correct = same_text(text, tests["outputs"][i])
-        elif tests["kind"] == "call":
-            correct = right(text, tests["expected"][i], tests["inputs"][i], tests.get("oracle"),
-                            tests.get("atol") or 1e-6, tests.get("wrapped"))
-        else:
-            correct = text == f'"{token}"'
-        if not correct:
+        if tests["kind"] == "stdin" and not same_text(text, tests["outputs"][i]):
             return "wrong answer"
+        if tests["kind"] == "call":
+            expected = answer(tests["outputs"][i]) if "outputs" in tests else tests["expected"][i]
+            if not right(text, expected, tests["inputs"][i], tests.get("oracle"),
+                         tests.get("atol") or 1e-6, tests.get("wrapped")):
+                return "wrong answer"
     return "ok"
+
+
+# ------------------------------------------------------------ is an output right?
+
+# Compared here, in the caller, as evalplus, LiveCodeBench and APPS compare. What a program sent
+# stays JSON: none of it is hashed, calls code, or is compared in more than linear time.
+DECODE = {
+    "tuple": tuple, "set": set, "frozenset": frozenset, "dict": dict, "bytes": bytes.fromhex,
+    "int": lambda v: int(v, 16), "complex": lambda v: complex(*v),
+    "object": lambda v: ("object", v),
+}
+
+
+def decode(code):
+    """The inverse of encode(), for what is trusted; an object comes back as ("object", repr)."""
+    if isinstance(code, dict):
+        return DECODE[code["t"]](decode(code["v"]))
+    return [decode(v) for v in code] if isinstance(code, list) else code
+
+
+def same(out, expected, atol=1e-6):
+    """Two codes: equal, floats within atol + 1e-7 relative (evalplus's rule), also in containers.
+
+    A list is no tuple, but a set is a frozenset.
+    """
+    if isinstance(out, dict) and out["t"] == "int" and isinstance(expected, float):
+        out = int(out["v"], 16)
+    if isinstance(expected, float) and isinstance(out, (int, float)):
+        with contextlib.suppress(OverflowError):  # an int beyond all floats
+            both_nan = out != out and expected != expected
+            return out == expected or both_nan or abs(out - expected) <= atol + 1e-7 * abs(expected)
+    if isinstance(out, list) and isinstance(expected, list):
+        return len(out) == len(expected) and all(map(same, out, expected, [atol] * len(out)))
+    if not isinstance(out, dict) or not isinstance(expected, dict):
+        return type(out) not in (dict, list) and out == expected
+    kind, a, b = expected["t"], out["v"], expected["v"]
+    if "set" in kind:
+        return "set" in out["t"] and {plain(v) for v in a} == {plain(v) for v in b}
+    if kind != out["t"]:
+        return False
+    if kind == "dict":
+        a, b = [{plain(key): value for key, value in side} for side in (a, b)]
+        return a.keys() == b.keys() and all(same(a[key], value, atol) for key, value in b.items())
+    return same(a, b, atol)
+
+
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,4})?")
+
+
+def same_text(out, expected):
+    """stdin programs: equal word by word, numbers as numbers; with a point, to 1e-6.
+
+    Problems with several right answers have checkers that the data sets do not ship: such answers
+    are judged wrong.
+    """
+    a, b = out.split(), expected.split()
+    return len(a) == len(b) and all(x == y or same_number(x, y) for x, y in zip(a, b))
+
+
+def same_number(x, y):
+    # no test prints longer ones, and a megabyte of digits would take minutes to convert
+    if max(len(x), len(y)) > 400 or not NUMBER.fullmatch(x) or not NUMBER.fullmatch(y):
+        return False
+    near = "." in y and abs(float(x) - float(y)) <= 1e-6 * max(1.0, abs(float(y)))
+    return near or Decimal(x) == Decimal(y)
+
+
+def oracle_accepts(name, out, args, expected, atol):
+    """evalplus's special oracles, for tasks whose statement leaves more than one answer."""
+    if name == "set":
+        a, b = (code["v"] if isinstance(code, dict) else code for code in (out, expected))
+        return same({"t": "set", "v": a}, {"t": "set", "v": b})
+    if name == "truth":  # a match object, True, or whatever is not None
+        return (out is None or out is False) == (expected is None or expected is False)
+    if name == "anything":
+        return True
+    if name == "root":  # HumanEval/32: any zero of the polynomial, not the reference's
+        return abs(sum(c * math.pow(out, k) for k, c in enumerate(args[0]))) <= atol
+    if name == "pyramid":  # Mbpp/581: "height" may be the pyramid's own; the reference's is slant
+        edge, height = args
+        return abs(out - round(edge**2 + 2 * edge * math.hypot(edge / 2, height))) <= atol
+    if name == "digits":  # Mbpp/558: digit by digit of two numbers padded to one length
+        width = max(len(str(n)) for n in args)
+        pairs = zip(*(str(n).zfill(width) for n in args))
+        return out == sum(abs(int(x) - int(y)) for x, y in pairs)
+    return name == "zero" and out == 0
+
+
+def right(text, expected, args, oracle=None, atol=1e-6, wrapped=False):
+    """Is a JSON text that a program sent right? expected: another one. Malformed is wrong."""
+    if text == expected:
+        return True
+    # what is far longer than the right answer is not read at all; 16 digits may stand for one
+    if len(text) > 1 << 16 and len(text) > 20 * len(expected):
+        return False
+    try:
+        out, expected = json.loads(text), json.loads(expected)
+        if wrapped and isinstance(expected, list) and len(expected) == 1:
+            if same(out, expected[0], atol):
+                return True  # some rows of APPS wrap the result in a list
+        return same(out, expected, atol) or oracle_accepts(oracle, out, args, expected, atol)
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
+        return False
 
 
 # ------------------------------------------------------------ many programs
 
 def judge_many(jobs, workers=None, progress=False):
     """[(tests, program)] -> ["ok" or why not]."""
-    jobs = [(tests if tests and has_tests(tests) else None, code) for tests, code in jobs]
-    calls = {id(t): t for t, _ in jobs if t and t["kind"] == "call" and "expected" not in t}
-    for tests in calls.values():
-        if "outputs" in tests:
-            tests["expected"] = [answer(value) for value in tests["outputs"]]
-    lacking = [(tests,) for tests in calls.values() if "outputs" not in tests]
+    lacking = [(tests,) for tests, _ in jobs if tests and tests["kind"] == "call"
+               and has_tests(tests) and not {"outputs", "expected"} & tests.keys()]
     parallel(run_reference, lacking, workers, progress)
-    judged = iter(parallel(judge, [job for job in jobs if job[0]], workers, progress))
-    return [next(judged) if tests else "no tests" for tests, _ in jobs]
+    return parallel(judge, jobs, workers, progress)
 
 
 def has_tests(tests):
@@ -196,7 +297,8 @@ def behaviour(tests, question, code):
     if not inputs and tests.get("entry"):
         inputs = examples(question, tests["entry"])
     if inputs:
-        answers, _ = run_program(tests, code, inputs)
+        kind = "stdin" if tests["kind"] == "stdin" else "call"
+        answers = run_program({**tests, "kind": kind, "inputs": inputs}, code)
         parts = [f"{status} {answer_key(tests, text)}" for status, text, _ in answers]
     else:
         tree = parsed(code)

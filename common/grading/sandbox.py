@@ -173,13 +173,13 @@ class Spawner:
                 raise OSError(lines[-1] if lines else "it does not start")
 
     def run(self, request):
-        """Run a program. -> (bytes that it wrote, how it ended, CPU seconds)"""
+        """Run a program. -> (bytes that it wrote, what ended it, CPU seconds)"""
         cpu = math.ceil(request["total"]) + 1
         limits = {"CPU": cpu, "AS": MEMORY, "FSIZE": FILES // 2, "NOFILE": 128, "CORE": 0,
                   "STACK": 64 << 20, "NPROC": PROCESSES, "MSGQUEUE": 0}
         again = False
         try:
-            with contextlib.suppress(BrokenPipeError):
+            with contextlib.suppress(BrokenPipeError, ValueError):  # close() has closed it
                 rest = memoryview(marshal.dumps({**request, "limits": limits}))
                 while rest:
                     rest = rest[self.process.stdin.write(rest):]
@@ -190,7 +190,7 @@ class Spawner:
             if not line:
                 return data, "killed the judge", 0.0
             code, seconds, left, again = json.loads(line)
-            ends = {0: "exited early", 77: "memory", -signal.SIGXCPU: "timeout"}
+            ends = {0: "", 77: "memory", -signal.SIGXCPU: "timeout"}
             why = "left processes running" if left else ends.get(code, f"exit code {code}")
             return data, why, seconds
         finally:
@@ -265,7 +265,7 @@ def cpu_seconds(pid):
 
 
 def execute(request):
-    """Run a program. -> (bytes that it wrote, how it ended, CPU seconds)"""
+    """Run a program. -> (bytes that it wrote, what ended it: "" itself, CPU seconds)"""
     with LOCK:  # one trial, one warning
         prefix, mode = sandbox()
     try:
