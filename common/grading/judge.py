@@ -13,7 +13,7 @@ Tests are a dict with a "kind", and optionally "atol", "time_limit" (CPU s per t
     unittest  entry, test: code with unittest.TestCase classes
 
 programs.py takes a program out of a solution text, sandbox.py isolates it, and inside.py calls it
-there. Inputs go in by a pipe and outputs come out as JSON, to be compared here: the expected outputs
+there. Inputs go in by a pipe, outputs come out as JSON and are compared here: the expected outputs
 of call and stdin tests never enter. As root a program gets another user id.
 
 What this does NOT protect from:
@@ -258,7 +258,7 @@ def oracle_accepts(name, out, args, expected, atol):
 
 def right(text, expected, args, oracle=None, atol=1e-6, wrapped=False):
     """Is a JSON text that a program sent right? expected: another one. Malformed is wrong."""
-    if text == expected:
+    if text == expected and oracle != "root":
         return True
     # what is far longer than the right answer is not read at all; 16 digits may stand for one
     if len(text) > 1 << 16 and len(text) > 20 * len(expected):
@@ -268,7 +268,8 @@ def right(text, expected, args, oracle=None, atol=1e-6, wrapped=False):
         if wrapped and isinstance(expected, list) and len(expected) == 1:
             if same(out, expected[0], atol):
                 return True  # some rows of APPS wrap the result in a list
-        return same(out, expected, atol) or oracle_accepts(oracle, out, args, expected, atol)
+        equal = oracle != "root" and same(out, expected, atol)
+        return equal or oracle_accepts(oracle, out, args, expected, atol)
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError):
         return False
 
