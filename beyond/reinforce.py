@@ -13,7 +13,7 @@ itself" (slide 9) and to "integrate PRM signals into RL fine-tuning" (slide 24).
 1. Sample G solutions of each of P problems: sample_groups().
 2. Score every step with the frozen PRM, judge the answers: score_and_judge().
 3. Make an advantage for every token. How is the idea to compare: CREDITS.
-4. Take a step of the clipped policy gradient: objective(), k3().
+4. Take a step of the clipped policy gradient: objective(), k3(), update().
 5. Now and then evaluate on held-out problems: reward against truth, evaluate().
 
 Of PPO there is no critic and no GAE: the solutions of a group are each other's baseline (GRPO,
@@ -48,7 +48,7 @@ from beyond.rollouts import (
     save_policy,
     score_and_judge,
 )
-from common import tasks
+from common import run, tasks
 from common.cache import batches
 from common.checkpoint import (
     begin,
@@ -61,7 +61,6 @@ from common.checkpoint import (
 )
 from common.models import is_address
 from common.policy import add_policy_flags, load_policy_flags
-from common.run import TINY, amount, command_line, distributed, gather, need_positive, share
 from prm_model import AGGREGATIONS, aggregate, load_prm
 
 CLIP_NORM = 1.0  # largest norm of the gradient
@@ -148,7 +147,7 @@ def assign_credit(groups, args):
             s.advantage = advantage
 
 
-# ------------------------------------------------------------ 4. the objective
+# ------------------------------------------------------------ 4. the objective, and a step on it
 
 def objective(logp_M, old_M, advantage_M, clip):
     """PPO's clipped objective of each token (Schulman et al. 2017, arXiv 1707.06347):
@@ -166,12 +165,42 @@ def k3(logp_M, start_M):
     return d.exp() - d - 1
 
 
+def update(lm, start, optimizer, counts, N, args, autocast):
+    """--updates steps of AdamW. -> norm of the last gradient. start: the frozen policy, for --kl;
+    counts: {solution of this rank: how often it was sampled}; N: tokens of all ranks' solutions."""
+    # what has no advantage has no gradient, but counts in the mean over tokens
+    rows = [s for s in counts if args.kl or s.advantage.any()]
+    micros = list(batches(rows, lambda s: len(s.prompt + s.ids), args.batch_tokens, lm.device))
+    old, first = {}, {}  # log-probabilities of each micro-batch: before the update, of the start
+    for _ in range(args.updates):
+        optimizer.zero_grad()
+        for i, micro in enumerate(micros):
+            advantage_M, weight_M = columns(micro, counts, lm.device)
+            with autocast():
+                logp_M = log_probs(lm, micro)
+                if args.kl and i not in first:
+                    with torch.no_grad():
+                        first[i] = log_probs(start, micro)
+            gain_M = objective(logp_M, old.setdefault(i, logp_M.detach()), advantage_M, args.clip)
+            if args.kl:
+                gain_M = gain_M - args.kl * k3(logp_M, first[i])
+            # a mean over all tokens: no solution weighs more for being short
+            (-(weight_M * gain_M).sum() / N).backward()
+        for p in lm.parameters():  # by hand, not by DDP: ranks differ in their micro-batches
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            if dist.is_initialized():
+                dist.all_reduce(p.grad)
+        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP_NORM)
+        optimizer.step()
+    return float(norm)
+
+
 # ------------------------------------------------------------ 6. the run, from top to bottom
 
 def train(args, stop):
     """The run. stop: a list that a SIGTERM appends to."""
     # -------- setup: CPU (gloo) and GPU (nccl) take the same path, alone and under torchrun
-    rank, world, device = distributed(args.device)
+    rank, world, device = run.distributed(args.device)
     out = Path(args.out)
     bf16 = args.dtype == "bfloat16" or args.dtype is None and device.startswith("cuda")
     autocast = partial(torch.autocast, device.split(":")[0], torch.bfloat16, enabled=bf16)
@@ -238,37 +267,12 @@ def train(args, stop):
                 score_and_judge(scorer, list(counts), policy.separator)
                 assign_credit(groups, args)
         sums = Counter()
-        for part in gather(account(counts, args.aggregate, policy.generated - before)):
+        for part in run.gather(account(counts, args.aggregate, policy.generated - before)):
             sums.update(part)
         N = max(1, sums["tokens"])  # of all ranks
 
-        # 4. what has no advantage has no gradient, but counts in the mean over tokens
-        rows = [s for s in counts if args.kl or s.advantage.any()]
-        micros = list(batches(rows, lambda s: len(s.prompt + s.ids), args.batch_tokens, lm.device))
-        old, first = {}, {}  # log-probabilities of each micro-batch: before this step, of the start
-        for _ in range(args.updates):
-            optimizer.zero_grad()
-            for i, micro in enumerate(micros):
-                advantage_M, weight_M = columns(micro, counts, lm.device)
-                with autocast():
-                    logp_M = log_probs(lm, micro)
-                    if args.kl and i not in first:
-                        with torch.no_grad():
-                            first[i] = log_probs(start, micro)
-                before_M = old.setdefault(i, logp_M.detach())
-                gain_M = objective(logp_M, before_M, advantage_M, args.clip)
-                if args.kl:
-                    gain_M = gain_M - args.kl * k3(logp_M, first[i])
-                # a mean over all tokens: no solution weighs more for being short
-                (-(weight_M * gain_M).sum() / N).backward()
-            for p in lm.parameters():  # by hand, not by DDP: ranks differ in their micro-batches
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                if dist.is_initialized():
-                    dist.all_reduce(p.grad)
-            norm = float(torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP_NORM))
-            if not math.isfinite(norm):
-                raise ValueError(f"step {step + 1}: the gradient's norm is {norm}")
-            optimizer.step()
+        norm = update(lm, start, optimizer, counts, N, args, autocast)  # 4.
+        run.expect(math.isfinite(norm), f"step {step + 1}: the gradient's norm is {norm}")
         totals.update(tokens=sums["generated"], seconds=time.perf_counter() - started)
         progress["step"] = step + 1
         n = max(1, sums["samples"])
@@ -281,7 +285,7 @@ def train(args, stop):
         due = (step + 1) % args.eval_every == 0
         if due or last:
             report(step + 1)
-        told = any(gather(bool(stop)))  # asked last, so that a SIGTERM never costs another step
+        told = any(run.gather(bool(stop)))  # asked last, so that a SIGTERM never costs another step
         if last:
             break
         if due or told:
@@ -289,7 +293,7 @@ def train(args, stop):
         if told:
             return print(f"SIGTERM: saved at step {step + 1}, --resume goes on from there")
 
-    # -------- the end: the policy stays, what resuming needed goes
+    # the policy stays, what resuming needed goes
     if rank == 0:
         save_policy(out, policy)
         print(f"the policy is in {out}")
@@ -300,27 +304,27 @@ def train(args, stop):
 # ------------------------------------------------------------ the script
 
 def main(argv=None):
-    parser = command_line(__doc__)
+    parser = run.command_line(__doc__)
     a = parser.add_argument_group("problems and models").add_argument
     a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="(those of the tiny world)")
     a("--data", help="local file of training problems instead of the hub")
     a("--val-data", help="local file of held-out problems")
     a("--limit", type=int, default=600, help="training problems of each task (600)")
     a("--val-problems", type=int, default=64, help="held-out problems of each task (64)")
-    a("--prm", default=str(TINY / "prm"), help="folder or hub id")
+    a("--prm", default=str(run.TINY / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
-    add_policy_flags(parser, str(TINY / "A"), without=("--thinking", "--temperature",
+    add_policy_flags(parser, str(run.TINY / "A"), without=("--thinking", "--temperature",
                                                        "--top-p"))
     a = parser.add_argument_group("learning").add_argument
     a("--credit", choices=CREDITS, default="outcome", help="what an advantage is made of (outcome)")
-    a("--verified", type=share, default=0.0, help="share of problems credited by outcome (0)")
+    a("--verified", type=run.share, default=0.0, help="share of problems credited by outcome (0)")
     a("--distil", choices=STRATEGIES, help="expert iteration instead of --credit")
     a("--steps", type=int, default=100)
     a("--problems", type=int, default=24, help="of a step, on all ranks (24)")
     a("--group", type=int, default=8, help="solutions of each problem, G (8)")
     a("--updates", type=int, default=1, help="steps of gradient on the same solutions (1)")
-    a("--clip", type=amount, default=0.2, help="e of the clipped objective (0.2)")
-    a("--kl", type=amount, default=0.0, help="weight of KL(policy || start) (0)")
+    a("--clip", type=run.amount, default=0.2, help="e of the clipped objective (0.2)")
+    a("--kl", type=run.amount, default=0.0, help="weight of KL(policy || start) (0)")
     a("--lr", type=float, help="3e-4 below 100 M parameters, else 1e-6")
     a("--eval-every", type=int, default=20, help="steps between evaluations, checkpoints (20)")
     a("--seed", type=int, default=0)
@@ -332,7 +336,7 @@ def main(argv=None):
     a("--device", help="default: cuda if there is one, else cpu")
     a("--dtype", choices=["float32", "bfloat16"], help="arithmetic (bfloat16 on cuda)")
     args = parser.parse_args(argv)
-    need_positive(parser, args, "limit", "val_problems", "steps", "problems", "updates", "lr",
+    run.need_positive(parser, args, "limit", "val_problems", "steps", "problems", "updates", "lr",
                   "eval_every", "batch_tokens")
     if args.group < 2:
         parser.error(f"--group {args.group}: comparing solutions takes 2 or more of them")
