@@ -3,7 +3,6 @@ import contextlib
 import copy
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -190,7 +189,7 @@ class Stuck(Handler):
 
 @pytest.fixture
 def server(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.0)  # not time.sleep, which a bar's thread uses, too
     Handler.busy, Handler.seen = 1, []
     with serving(Handler) as url:
         yield url
@@ -263,7 +262,7 @@ def test_a_server_whose_template_is_not_known_is_one_warning(server, capsys, mon
 
 
 def test_a_server_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.0)  # not time.sleep, which a bar's thread uses, too
     policy = ServerPolicy("http://127.0.0.1:9?model=m#m", retries=1)
     with pytest.raises(ValueError, match="did not answer, in 2 tries"):
         policy.propose([policy.root("p", "Q?")], 1)

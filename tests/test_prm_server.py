@@ -1,7 +1,6 @@
 """A PRM behind a server that answers as vLLM's documentation of POST /pooling says gives the scores of the local one."""
 import json
 import threading
-import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -84,7 +83,7 @@ def address(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def fresh(monkeypatch):
     """A new state of the server for each test, and no pauses between retries."""
-    monkeypatch.setattr(time, "sleep", lambda s: None)
+    monkeypatch.setattr("openai._base_client.MAX_RETRY_DELAY", 0.0)  # not time.sleep, which a bar's thread uses, too
     monkeypatch.setattr(Handler, "seen", [])
     for name, value in (("failures", 0), ("raw", None), ("tag", None)):
         monkeypatch.setattr(Handler, name, value)
@@ -140,7 +139,7 @@ def test_many_texts_are_several_requests_in_order(address, local):
 def test_a_search_is_the_one_with_the_local_prm(address, tmp_path):
     rows = []
     for name, prm in (("here", str(TINY / "prm")), ("there", address)):
-        search.main(["--strategy", "beam", "--k", "2", "--m", "2", "--limit", "2", "--no-baseline", "--task",
+        search.main(["--strategy", "beam", "--k", "2", "--m", "2", "--limit", "2", "--max-solution-tokens", "128", "--no-baseline", "--task",
                      "tiny-math", "--device", "cpu", "--prm", prm, "--out", str(tmp_path / f"{name}.jsonl")])
         rows.append([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()])
     for here, there in zip(*rows, strict=True):
