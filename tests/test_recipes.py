@@ -4,47 +4,60 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
+SETTINGS = {  # of each recipe, beside those of both
+    "qwen_cpu.sh": dict(MODEL="tiny/A", QUESTIONS=16, CODELIMIT=2, CODEN=2),
+    # sets sizes and calls qwen_1gpu.sh: so this runs every line of both, here with one process
+    "qwen_8gpu.sh": dict(PROCESSES=1, TRAINING="--checkpointing", POLICY="tiny/A", VOTERS="tiny/A tiny/C", BASE="tiny/xs",
+                         STRATEGIES="best_of_n majority beam", PROBLEMS=16, TOKENS=32, STEPS=12)}
 
-def recipe(tmp_path, name, **settings):
-    """Run a recipe on the tiny world -> (its folder, a function that runs it again and returns what it prints)."""
-    errors, run = tmp_path / "errors.json", tmp_path / "run"
+
+def start(name, folder):
+    """The recipe as a process."""
+    errors = folder / "errors.json"
     errors.write_text(json.dumps([{"id": f"gsm8k-{i}", "generator": "x", "problem": f"Ann has {i} pens. Now?",
                                    "steps": [f"January: {i}+2={i + 2}", "Answer: 3"], "final_answer_correct": False,
                                    "label": i % 3 - 1} for i in range(12)]))
-    settings |= dict(PYTHON=sys.executable, RUN=run, TASK="tiny-math", CODETASK="tiny-code", ERRORS=errors, N=4, K=2,
-                     LIMIT=2, EPOCHS=1, VALIDATION=0.3, DTYPE="float32")
-    env = {**os.environ, **{k: str(v) for k, v in settings.items()}}
-
-    def again():
-        command = ["bash", str(ROOT / "recipes" / name)]
-        return subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
-    again()
-    return run, again
+    settings = SETTINGS[name] | dict(PYTHON=sys.executable, RUN=folder / "run", TASK="tiny-math", CODETASK="tiny-code", N=4, K=2,
+                                     ERRORS=errors, LIMIT=2, EPOCHS=1, VALIDATION=0.3, DTYPE="float32")
+    return subprocess.Popen(["bash", str(ROOT / "recipes" / name)], env={**os.environ, **{k: str(v) for k, v in settings.items()}},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_the_cpu_recipe_runs(tmp_path):
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{recipe: its folder} of both recipes, which have run side by side: most of it is starting Python."""
+    folders = {name: tmp_path_factory.mktemp(name) for name in SETTINGS}
+    for process in [start(name, folder) for name, folder in folders.items()]:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    return folders
+
+
+def test_the_cpu_recipe_runs(folders):
     """From a model's own solutions to a PRM's head on its frozen layers, and the three tests of it."""
-    run, again = recipe(tmp_path, "qwen_cpu.sh", MODEL="tiny/A", QUESTIONS=16, CODELIMIT=2, CODEN=2)
-    stages = ["annotate", "train", "math", "code", "first-error"]
-    assert sorted(f.stem for f in run.glob("*.done")) == sorted(stages)
+    run = folders["qwen_cpu.sh"] / "run"
+    assert sorted(f.stem for f in run.glob("*.done")) == ["annotate", "code", "first-error", "math", "train"]
     assert json.loads((run / "annotate.json").read_text())["kept"] == len((run / "rows.jsonl").read_text().splitlines())
     assert set(json.loads((run / "code.json").read_text())["metrics"]) == {"code"}
-    assert again().count("done already") == len(stages)
 
 
-def test_the_qwen_recipe_runs(tmp_path):
-    """qwen_8gpu.sh sets sizes and calls qwen_1gpu.sh: so this runs every line of both, here with one process."""
-    run, again = recipe(tmp_path, "qwen_8gpu.sh", PROCESSES=1, TRAINING="--checkpointing", POLICY="tiny/A", VOTERS="tiny/A tiny/C", BASE="tiny/xs",
-                        STRATEGIES="best_of_n majority beam", PROBLEMS=16, TOKENS=32, STEPS=12)
-    stages = ["annotate", "train", "first-error", "math", "code", "similarity"]
-    assert sorted(f.stem for f in run.glob("*.done")) == sorted(stages)
+def test_the_qwen_recipe_runs(folders):
+    run = folders["qwen_8gpu.sh"] / "run"
+    assert sorted(f.stem for f in run.glob("*.done")) == ["annotate", "code", "first-error", "math", "similarity", "train"]
     assert json.loads((run / "annotate.json").read_text())["kept"] == len((run / "rows.jsonl").read_text().splitlines())
     [figures] = json.loads((run / "first-error.json").read_text())["first_error"].values()
     assert figures["solutions"] > 0
     for domain in ("math", "code"):
         found = json.loads((run / f"{domain}.json").read_text())
-        assert set(found["metrics"]) == {domain} and found["cost"]["beam"]["policy_generated"] > 0
+        assert set(found["metrics"]) == {domain}
+        assert found["cost"]["beam"]["policy_generated"] > 0
     assert len(json.loads((run / "similarity.json").read_text())["table"]) >= 4
-    assert again().count("done already") == len(stages)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_done_is_not_done_again(folders, name):
+    printed, _ = start(name, folders[name]).communicate()
+    assert printed.count("done already") == len(list((folders[name] / "run").glob("*.done")))
