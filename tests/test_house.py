@@ -54,3 +54,9 @@ def test_flags_are_few(script, most, capsys):
         importlib.import_module(script).main(["--help"])
     flags = set(re.findall(r"^\s+(--[a-zA-Z][\w-]*)", capsys.readouterr().out, re.M)) - {"--help"}
     assert len(flags) <= most, sorted(flags)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests").glob("*.py")), ids=lambda f: f.name)
+def test_a_failing_assert_says_which_of_two_things_failed(file):
+    joined = [a.lineno for a in nodes(file, ast.Assert) if isinstance(a.test, ast.BoolOp) and isinstance(a.test.op, ast.And)]
+    assert joined == []

@@ -36,7 +36,8 @@ def stop_programs():
                                    {1: "a", (1, 2): [3]}, 2 + 3j, b"\x00\xff", float("inf")])
 def test_values_cross_the_pipe(value):
     back = decode(json.loads(json.dumps(encode(value))))
-    assert back == value and type(back) is type(value)
+    assert back == value
+    assert type(back) is type(value)
 
 
 @pytest.mark.parametrize("out, expected, want", [
@@ -673,7 +674,8 @@ def test_vote_keys_of_code_are_behaviour_on_example_inputs():
     same = [GOOD, "def f(y):\n    return 1 + y", "```\ndef f(x): return float(x + 1)\n```"]
     other = ["def f(x): return x", "def f(x): raise ValueError", "def f(x): raise KeyError", "def f(x)"]
     keys = vote_keys([(p, code) for code in same + other])
-    assert len(set(keys[:3])) == 1 and len(set(keys)) == 5
+    assert len(set(keys[:3])) == 1
+    assert len(set(keys)) == 5
     shown = Problem("s", "Add.\n>>> f(1)\n2\n", "code", tests={**KINDS["assert"]})
     assert len(set(vote_keys([(shown, code) for code in same]))) == 1
     silent = Problem("n", "Add.", "code", tests={**KINDS["assert"]})

@@ -83,7 +83,8 @@ def test_a_node_that_is_named_twice_gets_samples_for_each(tokenizer):
     policy = Policy(random_qwen(len(tokenizer)), tokenizer, "\n", max_step_tokens=4)
     root = policy.root("p", "What is 1+1?")
     groups = policy.propose([root, root], 2)
-    assert [len(g) for g in groups] == [2, 2] and len({n.key for g in groups for n in g}) == 4
+    assert [len(g) for g in groups] == [2, 2]
+    assert len({n.key for g in groups for n in g}) == 4
 
 
 def test_greedy_equals_generate(tokenizer):
@@ -97,7 +98,10 @@ def test_greedy_equals_generate(tokenizer):
 def test_sampling_follows_the_distribution_and_top_p():
     keys = torch.tensor([child_key(0, i) for i in range(20000)], device=DEVICE)
     u = uniform(keys, 3)
-    assert 0 < u.min() and u.max() < 1 and abs(u.mean() - 0.5) < 0.01 and abs(u.var() - 1 / 12) < 0.003
+    assert 0 < u.min()
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 0.01
+    assert abs(u.var() - 1 / 12) < 0.003
     logits = torch.tensor([0.5, 0.3, 0.2], device=DEVICE).log().expand(len(keys), 3)
     tokens, _ = sample(logits, keys, 0, temperature=1.0, top_p=1.0)
     assert torch.allclose(torch.bincount(tokens).cpu() / len(keys), torch.tensor([0.5, 0.3, 0.2]), atol=0.015)
@@ -218,14 +222,19 @@ def test_a_server_that_says_what_stopped_it_or_does_not_stop(server, monkeypatch
 def test_a_server_is_a_policy_too(server):
     policy = load_policy(f"{server}?model=m")
     [[first, again]] = policy.propose([policy.root("p", "Q?")], 2)  # after one 503
-    assert (first.text, first.end, first.logp) == ("one", None, -0.5) and first.key != again.key
+    assert (first.text, first.end, first.logp) == ("one", None, -0.5)
+    assert first.key != again.key
     [[second]] = policy.propose([first], 1)
-    assert second.text == "```\na\n\nb\n```" and second.end is None  # the stop inside the fence was stepped over
+    assert second.text == "```\na\n\nb\n```"  # the stop inside the fence was stepped over
+    assert second.end is None
     [[third]] = policy.propose([second], 1)
     [[over]] = policy.propose([third], 1)
-    assert third.text == "three" and (over.text, over.end) == ("", "eos") and over.steps()[-1] == "three"
+    assert third.text == "three"
+    assert (over.text, over.end) == ("", "eos")
+    assert over.steps()[-1] == "three"
     [[end]] = policy.complete([policy.root("p", "Q?")], 1)
-    assert end.steps() == ["one", "```\na\n\nb\n```", "three"] and end.end == "eos"
+    assert end.steps() == ["one", "```\na\n\nb\n```", "three"]
+    assert end.end == "eos"
     assert len({body["seed"] for body in Handler.seen[1:5]}) > 1
     with pytest.raises(ValueError, match="no model of that name"):
         bad = ServerPolicy(f"{server}?model=other#other")
@@ -239,7 +248,8 @@ def test_a_server_gets_the_question_in_the_chat_template(tokenizer, tmp_path):
     policy = load_policy(f"http://127.0.0.1:9/v1?model=m#{tmp_path}")
     text = policy._text(policy.adopt(policy.root("p", "Q?"), "one"))
     assert policy.sampling["extra_body"] == {"add_special_tokens": False}  # the template has its BOS
-    assert text.startswith("<user>Q?\n\nSolve step by step") and text.endswith("<assistant>one\n\n")
+    assert text.startswith("<user>Q?\n\nSolve step by step")
+    assert text.endswith("<assistant>one\n\n")
 
 
 @pytest.mark.parametrize("template, begins", [("<user>{{ messages[0].content }}<assistant>", "<user>Q?"), (None, "Q?\n\n")])
@@ -249,7 +259,8 @@ def test_a_server_says_which_model_it_has(server, tokenizer, tmp_path, monkeypat
     tokenizer.save_pretrained(tmp_path)
     monkeypatch.setattr(Handler, "models", [{"id": "m", "root": str(tmp_path)}, {"id": "n"}])
     policy = load_policy(server)
-    assert policy.served == "m" and policy._text(policy.root("p", "Q?")).startswith(begins)
+    assert policy.served == "m"
+    assert policy._text(policy.root("p", "Q?")).startswith(begins)
     assert load_policy(f"{server}?model=n").served == "n"
     with pytest.raises(ValueError, match="serves m, n; no other"):
         load_policy(f"{server}?model=other")
@@ -294,5 +305,6 @@ def test_a_solution_ends_where_the_context_does(tokenizer):
 def test_a_separator_that_is_no_line_end_is_not_part_of_the_step(tokenizer):
     policy = make(tokenizer, separator="%", max_step_tokens=40)
     steps = [node for group in policy.propose(roots(policy), 60) for node in group if node.end is None]
-    assert len(steps) > 5 and not any("%" in node.text for node in steps)
+    assert len(steps) > 5
+    assert not any("%" in node.text for node in steps)
     assert all(tokenizer.decode(node.ids).endswith("%") for node in steps)
