@@ -22,10 +22,10 @@ import time
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from common import run, tasks
 from common.data import first_wrong
+from common.models import short_name
 from common.policy import add_policy_flags, load_policy_flags
 from common.solutions import collect, hard_labels, judge_votes, report, warn_if_none_is_right
 
@@ -66,7 +66,8 @@ def first_wrong_steps(paths, ends_right, estimate):  # README, step 3
     estimate    prefixes -> values, as monte_carlo
     returns     (first wrong steps, values[i][t]); a value is None where none was needed
     Assumes that wrong stays wrong. Then at most ceil(log2 T) values, of T, find where it begins:
-    T = 7 steps with a known end take 3 values, 24 rollouts at most of k = 8.
+    T = 7 steps with a known end take 3 values, 24 rollouts at most of k = 8. With T = 4, a wrong
+    end and V = 1, .5, 0: step 2 (from 0) is the first wrong one, and V(3) is not asked for.
     """
     values = [[None] * len(path) for path in paths]
     # The end of a solution needs no rollout: the judge has seen it. One that breaks off does.
@@ -228,7 +229,7 @@ def annotate(solutions, voters, judge=None, k=8, labels="hard", how="all", vote_
         place = s.first_error = consensus(list(s.votes.values()), how)
         if place is None:
             s.dropped = "no consensus"
-        else:  # hard: wrong stays wrong
+        else:  # hard: wrong stays wrong; soft: the voters' mean c / k, where they agree on a place
             s.labels = s.values() if labels == "soft" else hard_labels(place, len(s.steps))
 
 
@@ -269,7 +270,7 @@ def parse(argv):
 def load_voters(args, device):
     voters = {}  # by the name of the folder, or by the path where two folders share a name
     for i, path in enumerate(args.policies):
-        names = [Path(path).name, path, *(f"{path}#{n}" for n in range(2, i + 2))]
+        names = [short_name(path), path, *(f"{path}#{n}" for n in range(2, i + 2))]
         name = next(name for name in names if name not in voters)
         # With the same random numbers, voters would be lucky and unlucky together.
         seed = f"{args.seed}#{i}" if i else args.seed
@@ -297,7 +298,7 @@ def main(argv=None):
             annotate(solutions, voters, judge, args.k, args.labels, args.consensus,
                      args.vote_labels)
             return [s.record() for s in itertools.chain.from_iterable(groups)]
-        run.same_flags(parser, args)
+        run.same_flags(parser, args, served=[voter.served for voter in voters.values()])
         # Appends each --concurrent problems, so that --resume continues after a kill.
         records = run.journaled(args.out and f"{args.out}.votes", groups, make,
                                 lambda group: [s.id for s in group], args.concurrent, args.resume)

@@ -13,7 +13,8 @@ February she doubles them. In March she loses 9. In April she finds 6. How many 
 A strategy is a generator for one problem. It yields a Request, "sample n next steps below these
 nodes" (or whole solutions), and is sent the new nodes; each brings node.p = p_t, the PRM's
 probability that its step is correct, and node.end: None if it goes on, "length" if it is cut off.
-common/driver.py batches many problems, and gives N (MCTS's visits) and left() (unspent tokens).
+common/driver.py batches many problems, and gives N (MCTS's visits) and left() (unspent tokens). It
+keeps the nodes that end; solve() makes them the samples of a row, and choose() picks one of these.
 
 A node of the tree is one step, and stands for the action that leads to it: a state s is the path
 from the root to a node, an action a is a child, so N[child] is N(s, a) and Q[child] is Q(s, a).
@@ -124,8 +125,8 @@ def simulate_and_back_up(path, N, Q, reward):
         Q[node] += (value - Q[node]) / N[node]
 
 
+# with --textbook; without it beam and mcts run with what stands below: STRATEGIES
 TEXTBOOK = {"best_of_n": best_of_n, "beam": beam, "mcts": mcts, "majority": majority_vote}
-
 
 # ------------------------------------------------------------ our additions (docs/results.md)
 
@@ -209,7 +210,7 @@ RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # B.4.3
 def solve(problems, strategy, policy, prms, args, budgets=None):
     """Search all problems -> (searches, sample rows). budgets: generated tokens for each problem
     (default: args.tokens for all). Batches hold all problems; a row depends on its own alone."""
-    def reward(node, how=args.aggregate):
+    def reward(node, how=args.aggregate):  # R_i of a node; rewards() below has that of a row
         return aggregate([step.p for step in node.path() if step.text and step.p is not None], how)
     options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
@@ -329,7 +330,7 @@ def main(argv=None):
         budgets = [max(1, spent[problem.id]) for problem in chunk]
         return solve(chunk, "best_of_n", policy, prms, args, budgets)[1]
     with parser:
-        run.same_flags(parser, args)
+        run.same_flags(parser, args, served=policy.served)
         rows = pools = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
                                      resume=args.resume)
         page.finish()

@@ -166,12 +166,13 @@ def k3(logp_M, start_M):
 
 
 def update(lm, start, optimizer, counts, N, args, autocast):
-    """--updates steps of AdamW. -> norm of the last gradient. start: the frozen policy, for --kl;
+    """--updates steps of AdamW. -> largest norm of a gradient. start: the frozen policy, for --kl;
     counts: {solution of this rank: how often it was sampled}; N: tokens of all ranks' solutions."""
     # what has no advantage has no gradient, but counts in the mean over tokens
     rows = [s for s in counts if args.kl or s.advantage.any()]
     micros = list(batches(rows, lambda s: len(s.prompt + s.ids), args.batch_tokens, lm.device))
     old, first = {}, {}  # log-probabilities of each micro-batch: before the update, of the start
+    norms = []
     for _ in range(args.updates):
         optimizer.zero_grad()
         for i, micro in enumerate(micros):
@@ -190,12 +191,12 @@ def update(lm, start, optimizer, counts, N, args, autocast):
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if dist.is_initialized():
                 dist.all_reduce(p.grad)
-        norm = torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP_NORM)
+        norms.append(torch.nn.utils.clip_grad_norm_(lm.parameters(), CLIP_NORM))
         optimizer.step()
-    return float(norm)
+    return float(torch.stack(norms).max())
 
 
-# ------------------------------------------------------------ 6. the run, from top to bottom
+# ------------------------------------------------------------ the run, from top to bottom
 
 def train(args, stop):
     """The run. stop: a list that a SIGTERM appends to."""

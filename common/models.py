@@ -5,7 +5,7 @@ docs/models.md lists families, exact or refused (python benchmarks/families.py).
 import socket
 import sys
 from pathlib import Path
-from urllib.parse import urlparse
+from urllib.parse import parse_qs, urlparse
 from urllib.request import getproxies
 
 import torch
@@ -111,6 +111,14 @@ def cached_difference(model):
 
 def is_address(path):
     return str(path).startswith(("http://", "https://"))
+
+
+def short_name(path):
+    """The last part of a folder or hub id; of an address its model's, or the host."""
+    if is_address(path):
+        parts = urlparse(path)
+        path = parse_qs(parts.query).get("model", [parts.netloc])[0]
+    return Path(path).name
 
 
 def names_folder(path):

@@ -322,13 +322,14 @@ FREE = ("limit", "concurrent", "no_baseline", "device", "html", "json", "out", "
         "overwrite")
 
 
-def same_flags(parser, args):
-    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps them."""
+def same_flags(parser, args, **more):
+    """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps them.
+    more: what the rows depend on beside the flags."""
     if not args.out or not is_first():
         return
     out = Path(args.out)
     file = Path(f"{out}.flags")
-    flags = {name: value for name, value in vars(args).items() if name not in FREE}
+    flags = {name: value for name, value in vars(args).items() if name not in FREE} | more
     with parser:
         if args.resume and begun(out) and file.exists():
             before = json.loads(file.read_text())

@@ -18,8 +18,10 @@ from common.data import plain, read_rows, texts
 from common.formats.converters import one_a_problem, sample_row
 from common.formats.loaders import check_tests, own_row, unpacked
 from common.grading.judge import has_tests
+from common.models import is_address
 from common.policy import load_policy_flags
 from common.run import expect, located
+from common.server import served
 
 # ---------------------------------------------------------------- anybody's
 
@@ -188,7 +190,9 @@ def name_of(path):
 
 def written(path):
     """[path, when the file, or the weights in the folder, were written]: a model that was trained
-    again under the same name is another."""
+    again under the same name is another. So is another one that a server has loaded."""
+    if is_address(path):
+        return [path, served(path)]
     path = Path(path)
     files = [path, *sorted(path.glob("*.safetensors"))]
     name = path.resolve() if path.exists() else path  # a hub id stays as it is

@@ -6,8 +6,9 @@
 An address of a policy or of a PRM (prm_server.py) is http://host:port/path?model=NAME#FOLDER, with
 all behind the path optional:
 
-    NAME     the model's name on the server (the first of its GET /v1/models)
-    FOLDER   folder or hub id of its config.json and tokenizer (what the server says it has loaded)
+    NAME     the model's name on the server (its only one)
+    FOLDER   folder or hub id of its config.json and tokenizer (what the server says it has loaded,
+             else NAME); of a policy, "plain" asks the bare question, without a chat template
 
 The server's own prefix cache cannot be seen from here: `prefilled` stays 0.
 """
@@ -16,7 +17,7 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 from transformers import AutoTokenizer
 
@@ -52,28 +53,49 @@ def answered(client, request):
 
 
 def find_model(address, client, url):
-    """(its name on the server, where its config.json and tokenizer are): the address says both,
-    or the server is asked."""
-    name = parse_qs(urlsplit(address).query).get("model", [None])[0]
-    folder = urlsplit(address).fragment
+    """(its name on the server, where its config.json and tokenizer are): by the address, else by
+    the server's list. ValueError: the server has several, and the address does not say which."""
+    query = parse_qs(urlsplit(address).query.replace("+", "%2B"))
+    expect(query.keys() <= {"model"}, f"{address}: only ?model=NAME is known")
+    name, folder = query.get("model", [None])[0], unquote(urlsplit(address).fragment)
     if name and folder:
         return name, folder
+    try:
+        cards = listed(client, url)
+    except ValueError:
+        if not name:
+            raise
+        cards = {}  # a server without a list: the name has to do
+    if not name:
+        expect(len(cards) == 1, f"{url} serves {', '.join(cards) or 'nothing'}: "
+               "?model=NAME behind it says which")
+        [name] = cards
+    return name, folder or cards.get(name, name)
+
+
+def listed(client, url):
+    """{name: what it has loaded} of the server's models."""
     # two seconds, not twenty, until a wrong address is an error
     client = client.with_options(max_retries=min(2, client.max_retries))
     reply = answered(client, lambda: client.get("/models", cast_to=object))
     try:
-        cards = {card["id"]: card.get("root") or card["id"] for card in reply["data"]}
+        return {card["id"]: card.get("root") or card["id"] for card in reply["data"]}
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"{url}/models sent no list of models: {str(reply)[:200]!r}") from error
-    expect(name in cards if name else cards,
-           f"{url} serves {', '.join(cards) or 'nothing'}; no {name}")
-    name = name or next(iter(cards))
-    return name, folder or cards[name]
+
+
+def served(address):
+    """The name of the model that a policy's or PRM's address stands for."""
+    url = urlsplit(address)._replace(query="", fragment="").geturl()
+    url = f"{url.rstrip('/').removesuffix('/v1')}/v1"
+    return find_model(address, connect(url), url)[0]
 
 
 def chat_tokenizer(folder, url):
     """The tokenizer that puts a question into the model's chat template, None if it has none: then
     the server gets text, and its own tokenizer adds the BOS."""
+    if folder == "plain":
+        return None
     if "/" not in folder and not Path(folder).is_dir():
         warn_once(f"warning: {url} serves {folder!r}, whose chat template is not known here: the "
                   f"prompt is the bare question. {url}#FOLDER names a folder or hub id that has it")
@@ -82,7 +104,7 @@ def chat_tokenizer(folder, url):
         tokenizer = load_pretrained(AutoTokenizer, folder)
     except ValueError as error:
         raise ValueError(f"{url}: the tokenizer of its model is needed here for the chat template; "
-                         f"{url}#FOLDER says where it is ({error})") from error
+                         f"{url}#FOLDER says where it is, #plain does without ({error})") from error
     return tokenizer if tokenizer.chat_template else None
 
 
@@ -100,7 +122,7 @@ class ServerPolicy:
         self.opening, self.no_thought = thought_of(self.tokenizer, thinking)
         config = Path(folder, "config.json")  # of a folder of ours; the hub's models do not say
         said = json.loads(config.read_text()) if config.is_file() else {}
-        self.separator = separator or said.get("step_separator", "\n\n")
+        self.separator = separator or said.get("step_separator") or "\n\n"
         self.seed = seed
         self.sampling = {"temperature": temperature, "top_p": top_p}
         if self.tokenizer:  # the template has a BOS: the server's tokenizer would add a second one

@@ -12,6 +12,7 @@ from common import tasks
 from common.data import first_wrong, plain, read_set
 from common.driver import warn_once
 from common.formats.loaders import gold_answer
+from common.models import short_name
 from common.run import expect, write_rows
 
 
@@ -75,7 +76,7 @@ def collect(args):
         problems += tasks.load(task, args.task_data, split, limit, args.seed)
     if args.data:
         return given_solutions(args.data, problems, args.limit, args.vote_labels or "good")
-    source = f"sampled from {Path(args.policies[0]).name}"
+    source = f"sampled from {short_name(args.policies[0])}"
     groups = []
     for p in problems:
         groups.append([Solution(p, f"{p.id}-{i}", source) for i in range(args.samples)])

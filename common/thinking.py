@@ -42,5 +42,5 @@ def thought_of(tokenizer, thinking):
     if (on if thinking else off).rstrip().endswith(BEGIN):  # QwQ's and R1's always do
         return BEGIN, f"{END}\n\n"
     if thinking and on == off:
-        raise ValueError("--thinking on: the model's chat template knows no enable_thinking")
+        raise ValueError("--thinking on: there is no chat template, or it knows no enable_thinking")
     return "", f"{BEGIN}\n\n{END}\n\n" if thinking else ""

@@ -13,6 +13,6 @@ export POLICY=${POLICY:-Qwen/Qwen2.5-7B-Instruct} BASE=${BASE:-Qwen/Qwen2.5-14B}
 export VOTERS=${VOTERS:-$POLICY Qwen/Qwen2.5-Math-7B-Instruct Qwen/Qwen2.5-3B-Instruct}
 export PROBLEMS=${PROBLEMS:-7473} LIMIT=${LIMIT:-1319} N=${N:-16} TRAINING=${TRAINING:---fsdp --checkpointing}
 # The keys and values of a tree of MCTS stay on the GPU until its problem is done: fewer problems at a time
-export CONCURRENT=${CONCURRENT:-16} ATONCE=${ATONCE:-16384}
+export CONCURRENT=${CONCURRENT:-16}
 export STRATEGIES=${STRATEGIES:-best_of_n majority beam mcts}
 exec bash "$(dirname "$0")/qwen_1gpu.sh"

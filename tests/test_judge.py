@@ -43,9 +43,11 @@ def test_values_cross_the_pipe(value):
 @pytest.mark.parametrize("out, expected, want", [
     (0.1 + 0.2, 0.3, True), (0.31, 0.3, False), ([1, 2], (1, 2), False), ({"a": 1.0}, {"a": 1.0 + 1e-9}, True),
     (float("nan"), float("nan"), True), (True, 1.0, True), (3, 3.0, True), ("1", 1, False),
-    ([[1.0]], [[1.0, 2.0]], False), (10**400, 2.5, False)])
+    ([[1.0]], [[1.0, 2.0]], False), (10**400, 2.5, False), ([1.1000000000000002e300] * 450, [1.1e300] * 450, True)],
+    ids=lambda v: str(v)[:30])
 def test_same(out, expected, want):
     assert judge.same(encode(out), encode(expected)) is want
+    assert judge.right(judge.answer(out), judge.answer(expected), []) is want  # as texts, long ones as digests
 
 
 @pytest.mark.parametrize("out, expected, want", [
@@ -256,6 +258,8 @@ CHEATS = {
     "a callable object": LIAR + "class F:\n    def __call__(s, x): return E()\nf = F()",
     "compiled elsewhere": "exec(compile('class E:\\n    def __eq__(s, o): return True', '<string>', 'exec'))\n"
                           "def f(x): return E()",
+    "compiled under a file's name": "exec(compile('class E:\\n    def __eq__(s, o): return True', 'x.py', 'exec'))\n"
+                                    "def f(x): return E()",
     "a callable ==": "class A:\n    def __call__(s, *a): return True\nclass E:\n    __eq__ = A()\n"
                      "def f(x): return E()",
     "a metaclass": "class M(type):\n    def __eq__(s, o): return True\n    __hash__ = type.__hash__\n"

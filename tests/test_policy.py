@@ -12,6 +12,7 @@ from conftest import DEVICE, random_qwen
 from common import policy as policy_module
 from common.node import Node, child_key
 from common.policy import Policy, load_policy, sample, uniform
+from common.samples import written
 from common.server import ServerPolicy
 
 QUESTIONS = ["Ann has 7 shells.", "Ben has 12 coins. In January he finds 5. How many now?",
@@ -257,13 +258,33 @@ def test_a_server_says_which_model_it_has(server, tokenizer, tmp_path, monkeypat
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr(Handler, "models", [{"id": "m", "root": str(tmp_path)}, {"id": "n"}])
+    monkeypatch.setattr(Handler, "models", [{"id": "m", "root": str(tmp_path)}])
     policy = load_policy(server)
     assert policy.served == "m"
     assert policy._text(policy.root("p", "Q?")).startswith(begins)
-    assert load_policy(f"{server}?model=n").served == "n"
-    with pytest.raises(ValueError, match="serves m, n; no other"):
-        load_policy(f"{server}?model=other")
+
+
+@pytest.mark.parametrize("suffix, models, name", [
+    ("?model=n", [{"id": "m"}, {"id": "n"}], "n"), ("?model=not+listed", [{"id": "m"}], "not+listed"),
+    ("?model=m#plain", None, "m"), ("?model=m", None, "m")])
+def test_an_address_says_which_model_is_asked(server, suffix, models, name, monkeypatch):
+    monkeypatch.setattr(Handler, "models", models)  # None: a server that lists none
+    assert load_policy(server + suffix).served == name
+
+
+@pytest.mark.parametrize("suffix, models, message", [
+    ("", [{"id": "m"}, {"id": "n"}], "serves m, n: .model=NAME behind it says which"), ("", [], "serves nothing"),
+    ("", None, "sent no list of models"), ("?thinking=on", [{"id": "m"}], "only .model=NAME is known")])
+def test_an_address_that_leaves_the_model_open(server, suffix, models, message, monkeypatch):
+    monkeypatch.setattr(Handler, "models", models)
+    with pytest.raises(ValueError, match=message):
+        load_policy(server + suffix)
+
+
+def test_another_model_behind_an_address_is_another(server, monkeypatch):
+    before = written(server)
+    monkeypatch.setattr(Handler, "models", [{"id": "n"}])
+    assert written(server) != before
 
 
 def test_a_server_whose_template_is_not_known_is_one_warning(server, capsys, monkeypatch):

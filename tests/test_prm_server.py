@@ -172,7 +172,8 @@ def test_a_server_that_does_not_score_is_one_line(address, state, message, monke
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("suffix, message", [("?model=other", "serves served; no other"),
+@pytest.mark.parametrize("suffix, message", [("?model=other", "#FOLDER says where they are .other: no such folder"),
+                                             ("?modle=served", "only .model=NAME is known"),
                                              ("#/nowhere", "#FOLDER says where they are ./nowhere: no such folder"),
                                              ("/wrong", "refused the request .404.: .*Not Found")])
 def test_an_address_that_is_wrong(address, suffix, message):

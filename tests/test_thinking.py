@@ -150,7 +150,7 @@ def test_thinking_is_a_flag(tokenizer, tmp_path, thinking, ends):
 
 
 def test_thinking_that_cannot_be_had(lm_folder):
-    with pytest.raises(ValueError, match="template knows no enable_thinking"):
+    with pytest.raises(ValueError, match="or it knows no enable_thinking"):
         load_policy(lm_folder, thinking=True)
 
 

@@ -86,11 +86,12 @@ def answer(value):
     """The JSON text of a value; of a long one (HumanEval/130: 7 MB) a digest that equal ones share.
     """
     code = encode(value)
-    normal = plain(code, digits=6)  # as long for 2.0 as for 2
-    if len(normal) > LONG:
+    text = json.dumps(code)
+    # the plain text is as long for 2.0 as for 2
+    if len(text) > LONG and len(normal := plain(code, digits=6)) > LONG:
         normal = hashlib.sha256(normal.encode("utf-8", "surrogatepass")).hexdigest()
-        code = {"t": "digest", "v": normal}
-    return json.dumps(code)
+        return json.dumps({"t": "digest", "v": normal})
+    return text
 
 
 def without_tuples(value):

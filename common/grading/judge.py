@@ -18,8 +18,8 @@ of call and stdin tests never enter. As root a program gets another user id.
 
 What this does NOT protect from:
 - `assert` and `unittest` tests share their process with the program, since they patch its modules.
-  What is cheap to forge is noticed; a search of memory for the token of success is not, nor is a
-  change of a module that the tests import later;
+  What is cheap to forge is noticed; a search of memory for the token of success is not, nor a
+  change of a module that the tests import later, nor code compiled under a library file's name;
 - kernel bugs, side channels, and MEMORY in each of PROCESSES processes (there is no cgroup);
 - two programs that run one after the other, and leave a message in the kernel (a keyring);
 - CPU time that short-lived grandchildren use unseen: then the wall clock ends the program;
@@ -95,8 +95,9 @@ def run_program(tests, code, longer=1):
     total = max(limit, longer * TOTAL * slowness() + 4 * sum(tests.get("seconds") or ()))
     request = {"kind": kind, "code": code.removeprefix("\ufeff"), "entry": tests.get("entry"),
                "inputs": tests["inputs"] if kind in ("call", "stdin") else [[]],
-               "test": tests.get("test"), "contest": bool(tests.get("contest")), "token": token,
-               "limit": limit if kind in ("call", "stdin") else total, "total": total}
+               "test": tests["test"] if kind in ("assert", "unittest") else None,
+               "contest": bool(tests.get("contest")), "token": token, "total": total,
+               "limit": limit if kind in ("call", "stdin") else total}
     answers = []
     if kind == "stdin":
         for text in request["inputs"]:
@@ -163,8 +164,9 @@ def verdict(tests, answers):
         if tests["kind"] == "stdin" and not same_text(text, tests["outputs"][i]):
             return "wrong answer"
         if tests["kind"] == "call":
-            expected = answer(tests["outputs"][i]) if "outputs" in tests else tests["expected"][i]
-            if not right(text, expected, tests["inputs"][i], tests.get("oracle"),
+            if "expected" not in tests:  # once for all programs
+                tests["expected"] = list(map(answer, tests["outputs"]))
+            if not right(text, tests["expected"][i], tests["inputs"][i], tests.get("oracle"),
                          tests.get("atol") or 1e-6, tests.get("wrapped")):
                 return "wrong answer"
     return "ok"

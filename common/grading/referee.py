@@ -103,4 +103,4 @@ class Referee:
         if self.mock and type(method) is self.mock.MagicProxy or type(method) in NATIVE:
             return True
         dataclass = file == "<string>" and "__dataclass_fields__" in vars(owner)
-        return dataclass or not file.startswith("<")
+        return dataclass or os.path.exists(file)

@@ -54,7 +54,8 @@ def without_rights(uid):
 
 @functools.cache
 def python_folders():
-    """What an isolated Python reads: the system's libraries, its own, its packages."""
+    """What an isolated Python reads: the system's libraries, its own, its packages; not the
+    folders that a .pth file adds."""
     paths = [sys.prefix, sys.base_prefix, str(Path(sys.executable).resolve().parents[1])]
     folders = [*filter(os.path.exists, SYSTEM)]
     for path in sorted({*paths, *map(os.path.realpath, paths)} - {"/"}):
@@ -179,8 +180,8 @@ class Spawner:
                   "STACK": 64 << 20, "NPROC": PROCESSES, "MSGQUEUE": 0}
         again = False
         try:
+            rest = memoryview(marshal.dumps({**request, "limits": limits}))
             with contextlib.suppress(BrokenPipeError, ValueError):  # close() has closed it
-                rest = memoryview(marshal.dumps({**request, "limits": limits}))
                 while rest:
                     rest = rest[self.process.stdin.write(rest):]
             data, why = self.watch(request)
@@ -207,7 +208,7 @@ class Spawner:
         patience = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
 
         def deadline(seconds):
-            return used + seconds, looked + patience * seconds + 2
+            return used + seconds, time.monotonic() + patience * seconds + 2
 
         used, looked = cpu_seconds(self.process.pid), time.monotonic()
         deadlines = {"line": deadline(request["limit"]), "all": deadline(request["total"])}
