@@ -138,7 +138,9 @@ def report(rows, args):
 
 def line(label, values, costs):
     accuracy, low, high = interval([float(value) for value in values])
-    print(f"  {label:<32}{accuracy:.3f} [{low:.2f}, {high:.2f}]{costs}")
+    # a bootstrap of equal values, as of one problem, knows no spread
+    bounds = f"[{low:.2f}, {high:.2f}]" if high > low else ""
+    print(f"  {label:<32}{accuracy:.3f} {bounds:<12}{costs}")
 
 
 def print_figures(figures):

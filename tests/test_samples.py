@@ -5,7 +5,7 @@ import math
 import pytest
 
 import evaluate
-from common import tasks
+from common import results, tasks
 from common.data import read_set
 from common.first_errors import read_first_errors, score_first_errors
 from common.formats.converters import sample_row
@@ -240,3 +240,10 @@ def test_figures_of_solutions(threshold, key, want):
 
 def test_a_row_of_ours_stays_as_it_is():
     assert sample_row(ours := row(sample([0.5, 0.5]))) is ours
+
+
+@pytest.mark.parametrize("values, printed", [([0.125], "0.125"), ([0.5, 0.5], "0.500"), ([1.0], "1.000 [0.21, 1.00]"),
+                                             ([1.0, 0.5], "0.750 [0.50, 1.00]")])
+def test_an_interval_without_width_is_not_printed(values, printed, capsys):
+    results.line("x", values, "")
+    assert capsys.readouterr().out.split(maxsplit=1)[1].strip() == printed
