@@ -170,7 +170,7 @@ def report(rows, names, ns=None):
             for n in ns:
                 values[name, n] = [function(row, n) for row in problems]  # one a problem
                 v, low, high = interval(values[name, n])
-                line += f"{v:>6.3f} [{low:.2f}, {high:.2f}]"
+                line += f"{v:>6.3f} " + (f"[{low:.2f}, {high:.2f}]" if high > low else " " * 12)
                 out[domain][name][n] = {"value": v, "low": low, "high": high}
             print(line)
         best, most = names[0], ns[-1]
@@ -186,7 +186,7 @@ def report(rows, names, ns=None):
 
 
 def difference(mean, se, z):
-    return f"{mean:+.3f} ± {1.96 * se:.3f}, {z:+.1f} standard errors"
+    return f"{mean:+.3f}" + (f" ± {1.96 * se:.3f}, {z:+.1f} standard errors" if se else "")
 
 
 def right_within(tokens, rows, rule, how):

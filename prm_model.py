@@ -4,8 +4,9 @@ For a problem Q and steps x_1 .. x_T it says p_t = PRM(Q, x_1, .., x_t), the pro
 x_t is correct (Eq. 1). Each step is followed by a separator, and p_t is read off the hidden state
 at the separator's last token, so one forward scores all steps of a solution.
 
-    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. She finds 5. How many?" \\
-        --steps "January: 7+5=11" "Answer: 11"
+    python prm_model.py --prm tiny/prm --question "Ann has 7 shells. In January she finds 5. In \\
+February she doubles them. In March she loses 9. In April she finds 6. In May she buys 8. How \\
+many now?" --steps "January: 7+5=12" "February: 12*2=24" "March: 24-9=25"
     python prm_model.py --prm tiny/prm --file samples.jsonl    # sample rows or stepwise rows
 
 --prm takes a folder that train.py wrote, a published PRM (common/formats/published.py lists them),

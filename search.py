@@ -4,11 +4,11 @@
     python search.py --strategy mcts --textbook      # as Appendix B.4 has it, without our additions
     python search.py --strategy mcts --until 0.5 --tokens 2000   # a budget; ends once R_i >= 0.5
     python search.py --strategy beam --question "Ann has 7 shells. In January she finds 5. In \\
-February she doubles them. In March she loses 9. In April she finds 6. How many now?"
+February she doubles them. In March she loses 9. In April she finds 6. In May she buys 8. How \\
+many now?"
     python search.py --strategy best_of_n --task math500 --policy Qwen/Qwen2.5-7B-Instruct \\
         --prm Qwen/Qwen2.5-Math-PRM-7B
-    torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --limit 1319 --policy ... \\
-        --prm ... --out beam.jsonl
+    torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --limit 1319 --policy ...
 
 A strategy is a generator for one problem. It yields a Request, "sample n next steps below these
 nodes" (or whole solutions), and is sent the new nodes; each brings node.p = p_t, the PRM's
@@ -312,7 +312,7 @@ def main(argv=None):
         rank, _, device = run.distributed(args.device)
         page = Page(args.html if rank == 0 else None)
         problems = [tasks.Problem("question", args.question, "math")] if args.question else []
-        for task in args.task if not args.question else ():
+        for task in tasks.each(args.task, args.data) if not args.question else ():
             problems += tasks.load(task, args.data, limit=args.limit, seed=args.seed)
         policy = load_policy_flags(args, device)
         prms = [load_prm(path, device, args.dtype) for path in args.prm]

@@ -156,7 +156,7 @@ def train(args, stop):
     for epoch in range(args.epochs):
         plans += plan(lengths, group, args.batch_size, args.batch_tokens, args.seed, epoch)
     if master and args.max_steps and len(plans) < args.max_steps:
-        print(f"--max-steps {args.max_steps}: there are {len(plans)} in --epochs {args.epochs}")
+        print(f"--max-steps {args.max_steps}: --epochs {args.epochs} has {len(plans)}")
     plans = plans[:args.max_steps]
     val_lengths = [len(example.ids) for example in val]
     val_plan = plan(val_lengths, world, args.batch_size, args.batch_tokens)

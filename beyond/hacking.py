@@ -78,6 +78,8 @@ def form_of(settings):
         name += f", KL {settings['kl']:g}"
     if settings["aggregate"] != "prod" and settings["credit"] == "prm":
         name += f", {settings['aggregate']}"
+    if not settings["prm"].endswith("tiny/prm"):  # one that was trained again
+        name += f", {Path(settings['prm']).name}"
     return name
 
 

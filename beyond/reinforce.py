@@ -215,7 +215,7 @@ def train(args, stop):
 
     # -------- problems: the training split of the tasks; they are evaluated on their own split
     problems, held_out = [], []
-    for task in args.task:
+    for task in tasks.each(args.task, args.data):
         problems += tasks.load(task, args.data, "train", args.limit, args.seed)
         held_out += tasks.load(task, args.val_data, None, args.val_problems, args.seed)
     check_problems(problems, held_out, args)
@@ -294,7 +294,6 @@ def train(args, stop):
         if told:
             return print(f"SIGTERM: saved at step {step + 1}, --resume goes on from there")
 
-    # the policy stays, what resuming needed goes
     if rank == 0:
         save_policy(out, policy)
         print(f"the policy is in {out}")
@@ -315,7 +314,7 @@ def main(argv=None):
     a("--prm", default=str(run.TINY / "prm"), help="folder or hub id")
     a("--aggregate", choices=AGGREGATIONS, default="prod", help="R_i from its p_t (prod)")
     add_policy_flags(parser, str(run.TINY / "A"), without=("--thinking", "--temperature",
-                                                       "--top-p"))
+                                                           "--top-p"))
     a = parser.add_argument_group("learning").add_argument
     a("--credit", choices=CREDITS, default="outcome", help="what an advantage is made of (outcome)")
     a("--verified", type=run.share, default=0.0, help="share of problems credited by outcome (0)")
@@ -342,8 +341,7 @@ def main(argv=None):
     if args.group < 2:
         parser.error(f"--group {args.group}: comparing solutions takes 2 or more of them")
     if is_address(args.policy):
-        parser.error(f"--policy {args.policy}: a server's weights cannot be trained; give a "
-                     "folder or hub id")
+        parser.error(f"--policy {args.policy}: a server's weights cannot be trained")
     with preemption() as stop, parser:
         return train(args, stop)
 

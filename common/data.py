@@ -169,7 +169,7 @@ def check(row):
     """ValueError that names the field, if this is no stepwise row. Labels: None, or in [0, 1]."""
     prompt, steps, labels = row.get("prompt"), row.get("completions"), row.get("labels")
     expect(isinstance(prompt, str) and prompt.strip(), "prompt: a text is expected")
-    expect(texts(steps), "completions: a list of texts is expected")
+    expect(texts(steps), "completions: a list of one text or more is expected")
     "".join([prompt, *steps]).encode()  # half a surrogate pair would crash the tokenizer
     # millions of labels: no message is written for the right ones
     if not isinstance(labels, list) or len(labels) != len(steps):

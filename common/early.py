@@ -13,6 +13,7 @@ from types import ModuleType
 
 SLOW = ("torch", "transformers", "safetensors", "huggingface_hub")
 ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("annotate", "evaluate", "prm_model", "search", "similarity", "train")
 rehearsing = False
 
 
@@ -91,8 +92,9 @@ def flags_are_fine():
 
 
 def is_script(file):
-    """Is it one of ours? In a Python prompt there is none, and the rest may not run twice."""
-    return bool(file) and Path(file).resolve().parent in (ROOT, ROOT / "paper")
+    """Is it one of ours? In a Python prompt there is none, and a fork's own may not run twice."""
+    path = Path(file or "").resolve()
+    return path.parent == ROOT / "paper" or path.parent == ROOT and path.stem in SCRIPTS
 
 
 main = getattr(sys.modules["__main__"], "__file__", None)

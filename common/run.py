@@ -93,13 +93,15 @@ def bar(total, desc, **keywords):
         return tqdm(total=total, desc=desc, **keywords)
     line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
     progress = tqdm(total=total, desc=desc, bar_format=line, mininterval=PAUSE, miniters=0,
-                    delay=PAUSE, **keywords)
-    threading.Thread(target=show_life, args=(progress,), daemon=True).start()
+                    delay=PAUSE, position=0, **keywords)  # another one moves the cursor
+    if not progress.disable:
+        threading.Thread(target=show_life, args=(progress,), daemon=True).start()
     return progress
 
 
 def show_life(progress):
     """Write the line although nothing has been finished meanwhile, until the bar is closed."""
+    progress.last_print_t -= PAUSE - 5  # a first one after five seconds
     while not progress.disable:
         time.sleep(PAUSE / 10)
         if not progress.disable and time.time() - progress.last_print_t >= PAUSE:
@@ -337,5 +339,8 @@ def same_flags(parser, args, **more):
                 if name in before and before[name] != flags[name]:  # a new flag may be missing
                     parser.error(f"{out} was begun with --{name.replace('_', '-')} "
                                  f"{before[name]}, not {flags[name]}: take another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_rows(file, [flags])  # a kill leaves no half of it
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_rows(file, [flags])  # a kill leaves no half of it
+        except OSError as error:
+            parser.error(f"--out {out} cannot be written: {error.strerror}")

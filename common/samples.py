@@ -162,7 +162,10 @@ def measurable(rows, names, ns=None):
     fewest = min(len(row["samples"]) for row in rows)
     expect(not ns or max(ns) <= fewest, f"--N {max(ns or [0])}: a problem has {fewest} samples")
     samples = list(chain.from_iterable(row["samples"] for row in rows))
-    if any(s["scores"] is None for s in samples):
+    lacking = sum(s["scores"] is None for s in samples)
+    if lacking:
+        say(f"{lacking} of {len(samples)} samples have no scores: no prm@N, no weighted vote "
+            "(--score makes them)")
         names = [name for name in names if " by " not in name]
     elif any(len(s["scores"]) < len(s["steps"]) for s in samples):
         expect(all(len(s["scores"]) == 1 for s in samples),
@@ -215,7 +218,7 @@ def load_problems(args, rank):
     """The problems of --task; prints those whose own reference solutions fail: that is no model's
     fault. The tiny world makes a set of problems for each of args.seeds."""
     problems = []
-    for task in args.task:
+    for task in tasks.each(args.task, args.data):
         for seed in args.seeds if task.startswith("tiny") else [0]:
             problems += tasks.load(task, args.data, None, args.limit, seed)
     judged = [p for p in problems if can_judge(vars(p))]

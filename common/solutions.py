@@ -68,7 +68,7 @@ def hard_labels(place, T):
 def collect(args):
     """The solutions of each problem, by the flags of annotate.py -> [[Solution, ...], ...]."""
     problems = []
-    for task in args.task:
+    for task in tasks.each(args.task, args.task_data):
         tiny, limit = task.startswith("tiny"), args.limit
         if args.data:  # a row may be about any problem; but those of the tiny world have no end
             limit = max(100, args.limit) if tiny else None
@@ -219,10 +219,12 @@ def table(summary):
                            ("abstentions", summary["abstentions"])):
         if any(figures.values()):
             print(f"{title}: " + ", ".join(f"{name} {x:.3g}" for name, x in figures.items()))
+    speed = ""
+    if "seconds per label" in summary:
+        speed = f", {summary['seconds per label']:.3f} s a labelled step"
     print(f"{summary['rollouts']:,} rollouts ({summary['timeouts']} timed out), "
-          f"{summary['rollouts per solution and LLM']:.1f} a solution and LLM; "
-          f"{summary['tokens generated']:,} tokens generated, {summary['seconds']:.0f} s, "
-          f"{summary['seconds per label']:.3f} s a labelled step")
+          f"{summary['rollouts per solution and LLM']:.1f} a solution and LLM; this run: "
+          f"{summary['tokens generated']:,} tokens generated, {summary['seconds']:.0f} s{speed}")
 
 
 FIELDS = ["id", "domain", "source", "prompt", "completions", "labels", "values", "rollouts",
@@ -237,7 +239,9 @@ def report(records, voters, args, seconds):
     summary |= {"rollouts per solution and LLM": summary["rollouts"] / max(1, votes),
                 "tokens generated": sum(p.generated for p in voters.values()),
                 "tokens prefilled": sum(p.prefilled for p in voters.values()),
-                "seconds": seconds, "seconds per label": seconds / max(1, summary["labels"])}
+                "seconds": seconds}
+    if summary["labels"]:
+        summary["seconds per label"] = seconds / summary["labels"]
     for record in [r for r in kept if r["first_error"] >= 0][:1]:  # one to look at
         show(record)
     table(summary)

@@ -81,6 +81,14 @@ def vote_keys(items):
 
 # ------------------------------------------------------------ loading
 
+def each(names, data):
+    """The tasks of a command. A local file holds the problems of one: if none is named, of the
+    first default."""
+    expect(not data or len(names) == 1 or names == ["tiny-math", "tiny-code"],
+           f"{data} holds the problems of one task, not of {' and '.join(names)}")
+    return names[:1] if data else names
+
+
 def load(task, data=None, split=None, limit=None, seed=0):
     """A task's problems, in file order. data: a local .json, .jsonl or .gz file instead of the hub.
 

@@ -317,3 +317,15 @@ def test_separators_that_differ_are_one_line(capsys, policy, separator, template
                                                 ("m", None, "\n\n")])
 def test_a_server_takes_the_separator_of_the_folder_that_it_serves(served, said, want):
     assert load_policy(f"http://127.0.0.1:9/v1?model=m#{served}", separator=said).separator == want
+
+
+@pytest.mark.parametrize("taken", ["file", "folder"])
+def test_an_export_overwrites_nothing(taken, tmp_path):
+    target = tmp_path / "there"
+    if taken == "file":
+        target.write_text("mine")
+    else:
+        target.mkdir()
+        (target / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is taken: a new folder is expected"):
+        export(load_prm(TINY / "prm"), target)

@@ -247,3 +247,9 @@ def test_a_row_of_ours_stays_as_it_is():
 def test_an_interval_without_width_is_not_printed(values, printed, capsys):
     results.line("x", values, "")
     assert capsys.readouterr().out.split(maxsplit=1)[1].strip() == printed
+
+
+def test_samples_without_scores_are_counted(capsys):
+    rows = [{"samples": [{"steps": ["a"], "scores": [0.5], "answer": "1"}, {"steps": ["a"], "scores": None, "answer": "1"}]}]
+    assert measurable(rows, ["prm by prod", "maj"]) == ["maj"]
+    assert "1 of 2 samples have no scores" in capsys.readouterr().out

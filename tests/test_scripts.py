@@ -8,6 +8,8 @@ import sys
 import pytest
 from conftest import ROOT
 
+from common import early
+
 # Each floor may import, at module level, only what stands before it: so any file can be read without those above it.
 FLOORS = ["early", "run", "formats.converters", "data", "grading.inside", "grading.referee", "grading.programs",
           "grading.sandbox", "grading.judge", "grading.notation", "grading.answers", "formats.loaders",
@@ -43,8 +45,15 @@ def test_imports_go_one_way(name):
 def test_a_script_is_a_module_too_in_a_prompt_of_this_folder():
     """README, Fork me: `import search` where no script runs, which must rehearse none."""
     code = "import search, prm_model; print(search.arg_max([1, 3, 2]))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+    for how in (["-c", code], ["-"]):  # and in a pipe
+        done = subprocess.run([sys.executable, *how], cwd=ROOT, capture_output=True, text=True, input=code)
+        assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
+
+
+@pytest.mark.parametrize("file, ours", [("search.py", True), ("paper/figures.py", True), ("my_fork.py", False),
+                                        ("<stdin>", False), (None, False), ("tests/search.py", False)])
+def test_a_forks_own_script_is_not_rehearsed(file, ours):
+    assert early.is_script(file and ROOT / file) is ours
 
 
 @pytest.mark.parametrize("flags, code", [("--help", 0), ("--nonsense 1", 2), ("--strategy beam --n 0", 2)])

@@ -400,3 +400,15 @@ def test_humaneval_references_pass_and_mutants_fail():
     assert (right, total, failing) == (164, 164, {})
     stub = [(p, f"```\n{p.meta['prompt']}    return 987654321\n```") for p in problems[:40]]
     assert not any(v.ok for v in judge_many(stub))
+
+
+@pytest.mark.parametrize("names, data, want", [
+    (["tiny-math", "tiny-code"], None, ["tiny-math", "tiny-code"]), (["tiny-math", "tiny-code"], "f", ["tiny-math"]),
+    (["gsm8k"], "f", ["gsm8k"]), (["gsm8k", "math500"], "f", None)])
+def test_a_local_file_is_read_once(names, data, want):
+    """Own rows would occur once for each of the default tasks."""
+    if want:
+        assert tasks.each(names, data) == want
+    else:
+        with pytest.raises(ValueError, match="the problems of one task, not of gsm8k and math500"):
+            tasks.each(names, data)

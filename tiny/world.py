@@ -5,6 +5,7 @@ on a laptop with no download. A problem is a list of operations, told in English
 line per operation:
 
     math   Ann has 7 shells. In January she finds 5. In February she doubles them. How many now?
+           (stories of five to nine months: the models know no shorter ones)
            January: 7+5=12
            February: 12*2=24
            Answer: 24

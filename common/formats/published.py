@@ -12,6 +12,7 @@ p = softmax(z)_1 = sigmoid(z_1 - z_0), and a linear u passes a ReLU as u = relu(
 import copy
 import re
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -207,6 +208,8 @@ def load_published(path, config, dtype, fresh=False, template=None, meta=False):
 def export(prm, folder):
     """Write a PRM as a Qwen2ForProcessRewardModel, which vLLM serves. load_prm reads that, too."""
     expect(hasattr(prm, "backbone"), "--export: the weights of a PRM on a server are not here")
+    taken = Path(folder).is_file() or Path(folder).is_dir() and any(Path(folder).iterdir())
+    expect(not taken, f"--export {folder} is taken: a new folder is expected")
     config = copy.deepcopy(prm.backbone.config)
     expect(config.model_type == "qwen2", "--export: vLLM has no class for a PRM of type "
            f"{config.model_type}, only for one of type qwen2")
@@ -221,3 +224,4 @@ def export(prm, folder):
     whole.model, whole.score = prm.backbone, nn.Sequential(first, nn.ReLU(), second)
     whole.save_pretrained(folder)
     prm.tokenizer.save_pretrained(folder)
+    print(f"written: {folder}")
