@@ -273,7 +273,7 @@ def test_expert_iteration_imitates_what_search_chose(how, prm, problems):
 
 def run_folder(folder, right, rewards):
     """A run of evaluations 0 and 20: 12 problems of one sample, of which right[k] are right at a reward of rewards[k]."""
-    settings = dict(credit="prm", distil=None, verified=0.1, kl=0, aggregate="prod", seed=0)
+    settings = dict(credit="prm", distil=None, verified=0.1, kl=0, aggregate="prod", prm="tiny/prm", seed=0)
     log = [dict(kind="start", step=0, settings=settings), dict(kind="train", step=20, tokens=9)]
     for step, n, reward in zip((0, 20), right, rewards):
         log.append(dict(kind="eval", step=step))
