@@ -298,7 +298,7 @@ def main(argv=None):
             annotate(solutions, voters, judge, args.k, args.labels, args.consensus,
                      args.vote_labels)
             return [s.record() for s in itertools.chain.from_iterable(groups)]
-        run.same_flags(parser, args, served=[voter.served for voter in voters.values()])
+        run.same_flags(parser, args, models=run.served(*voters.values(), judge))
         # Appends each --concurrent problems, so that --resume continues after a kill.
         records = run.journaled(args.out and f"{args.out}.votes", groups, make,
                                 lambda group: [s.id for s in group], args.concurrent, args.resume)

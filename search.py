@@ -330,7 +330,7 @@ def main(argv=None):
         budgets = [max(1, spent[problem.id]) for problem in chunk]
         return solve(chunk, "best_of_n", policy, prms, args, budgets)[1]
     with parser:
-        run.same_flags(parser, args, served=policy.served)
+        run.same_flags(parser, args, models=run.served(policy, *prms))
         rows = pools = run.journaled(args.out, problems, search_chunk, chunk=args.concurrent,
                                      resume=args.resume)
         page.finish()

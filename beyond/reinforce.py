@@ -215,7 +215,7 @@ def train(args, stop):
 
     # -------- problems: the training split of the tasks; they are evaluated on their own split
     problems, held_out = [], []
-    for task in tasks.each(args.task, args.data):
+    for task in tasks.each(args.task, args.data or args.val_data):
         problems += tasks.load(task, args.data, "train", args.limit, args.seed)
         held_out += tasks.load(task, args.val_data, None, args.val_problems, args.seed)
     check_problems(problems, held_out, args)

@@ -123,7 +123,6 @@ def split_steps(ids, tokenizer, separator, closing, opening=""):
 
 class Policy:
     """A causal LM that proposes steps. Its counters of tokens (generated, prefilled) only grow."""
-    served = None  # the name of a server's model
 
     def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
                  max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,

@@ -92,16 +92,17 @@ def bar(total, desc, **keywords):
     if sys.stderr.isatty():
         return tqdm(total=total, desc=desc, **keywords)
     line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} gone, {remaining} left{postfix}\n"
+    first = min(5, PAUSE)  # seconds to the first line
     progress = tqdm(total=total, desc=desc, bar_format=line, mininterval=PAUSE, miniters=0,
-                    delay=PAUSE, position=0, **keywords)  # another one moves the cursor
+                    delay=first, position=0, **keywords)  # another one moves the cursor
     if not progress.disable:
+        progress.last_print_t -= PAUSE - first
         threading.Thread(target=show_life, args=(progress,), daemon=True).start()
     return progress
 
 
 def show_life(progress):
     """Write the line although nothing has been finished meanwhile, until the bar is closed."""
-    progress.last_print_t -= PAUSE - 5  # a first one after five seconds
     while not progress.disable:
         time.sleep(PAUSE / 10)
         if not progress.disable and time.time() - progress.last_print_t >= PAUSE:
@@ -324,6 +325,11 @@ FREE = ("limit", "concurrent", "no_baseline", "device", "html", "json", "out", "
         "overwrite")
 
 
+def served(*models):
+    """The names of those models that servers have, None for others."""
+    return [getattr(model, "served", None) for model in models]
+
+
 def same_flags(parser, args, **more):
     """Exit with one line if --resume would mix rows of different flags. OUT.flags keeps them.
     more: what the rows depend on beside the flags."""
@@ -337,8 +343,9 @@ def same_flags(parser, args, **more):
             before = json.loads(file.read_text())
             for name in flags:
                 if name in before and before[name] != flags[name]:  # a new flag may be missing
-                    parser.error(f"{out} was begun with --{name.replace('_', '-')} "
-                                 f"{before[name]}, not {flags[name]}: take another --out")
+                    flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
+                    parser.error(f"{out} was begun with {flag} {before[name]}, "
+                                 f"not {flags[name]}: take another --out")
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
             write_rows(file, [flags])  # a kill leaves no half of it

@@ -21,7 +21,7 @@ from common.grading.judge import has_tests
 from common.models import is_address
 from common.policy import load_policy_flags
 from common.run import expect, located
-from common.server import served
+from common.server import identity
 
 # ---------------------------------------------------------------- anybody's
 
@@ -82,7 +82,8 @@ def read_samples(args):
     """Sample rows of --samples, anybody's (formats/converters.py). "correct" and "answer" may be
     missing: the judge gives them, by the row's answer or tests, or those of --task and --data."""
     file, rows, lines, known = args.samples, [], {}, {}
-    named = [task for task in args.task if not task.startswith("tiny")]  # those have their answers
+    # rows of the tiny world have their answers
+    named = [task for task in tasks.each(args.task, args.data) if not task.startswith("tiny")]
     expect(named or not args.data,
            f"--data {args.data} beside --samples: --task says what it holds")
     for task in named:
@@ -195,7 +196,7 @@ def written(path):
     """[path, when the file, or the weights in the folder, were written]: a model that was trained
     again under the same name is another. So is another one that a server has loaded."""
     if is_address(path):
-        return [path, served(path)]
+        return [path, *identity(path)]
     path = Path(path)
     files = [path, *sorted(path.glob("*.safetensors"))]
     name = path.resolve() if path.exists() else path  # a hub id stays as it is
@@ -219,7 +220,7 @@ def load_problems(args, rank):
     fault. The tiny world makes a set of problems for each of args.seeds."""
     problems = []
     for task in tasks.each(args.task, args.data):
-        for seed in args.seeds if task.startswith("tiny") else [0]:
+        for seed in args.seeds if task.startswith("tiny") and not args.data else [0]:
             problems += tasks.load(task, args.data, None, args.limit, seed)
     judged = [p for p in problems if can_judge(vars(p))]
     expect(judged, f"--task {' '.join(args.task)}: neither answers nor tests, nothing can be "

@@ -62,10 +62,12 @@ def find_model(address, client, url):
         return name, folder
     try:
         cards = listed(client, url)
-    except ValueError:
-        if not name:
+    except ValueError as error:
+        status = getattr(error.__cause__, "status_code", None)
+        no_list = status in (404, 405) or "sent no list" in str(error)
+        if not name or not no_list:
             raise
-        cards = {}  # a server without a list: the name has to do
+        cards = {}  # the name has to do
     if not name:
         expect(len(cards) == 1, f"{url} serves {', '.join(cards) or 'nothing'}: "
                "?model=NAME behind it says which")
@@ -84,11 +86,15 @@ def listed(client, url):
         raise ValueError(f"{url}/models sent no list of models: {str(reply)[:200]!r}") from error
 
 
-def served(address):
-    """The name of the model that a policy's or PRM's address stands for."""
-    url = urlsplit(address)._replace(query="", fragment="").geturl()
-    url = f"{url.rstrip('/').removesuffix('/v1')}/v1"
-    return find_model(address, connect(url), url)[0]
+def identity(address):
+    """What tells the model at a policy's or PRM's address from another one there: by the address,
+    else by the server, which has to be up."""
+    name = parse_qs(urlsplit(address).query).get("model")
+    if name:
+        return name
+    url = urlsplit(address)._replace(query="", fragment="").geturl().rstrip("/")
+    url += "" if urlsplit(url).path else "/v1"
+    return list(find_model(address, connect(url), url))
 
 
 def chat_tokenizer(folder, url):

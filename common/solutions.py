@@ -240,7 +240,7 @@ def report(records, voters, args, seconds):
                 "tokens generated": sum(p.generated for p in voters.values()),
                 "tokens prefilled": sum(p.prefilled for p in voters.values()),
                 "seconds": seconds}
-    if summary["labels"]:
+    if summary["labels"] and not args.resume:  # these are of all runs
         summary["seconds per label"] = seconds / summary["labels"]
     for record in [r for r in kept if r["first_error"] >= 0][:1]:  # one to look at
         show(record)

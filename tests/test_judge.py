@@ -296,6 +296,15 @@ def test_the_programs_own_builtins_are_not_the_tests(name, test):
     assert verdict(code, "assert", test=f"assert {test}\n") != "ok"
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_tests_may_patch_what_the_referee_uses(there):
+    code = "import collections, os\ndef f(x):\n    os.path.exists('x')\n    return collections.Counter([x])\n"
+    test = ("import unittest\nfrom unittest.mock import patch\nclass T(unittest.TestCase):\n"
+            f"    @patch('os.path.exists', return_value={there})\n    def test(self, exists):\n"
+            "        self.assertEqual(f(1), {1: 1})\n        exists.assert_called_once_with('x')\n")
+    assert verdict(code, "unittest", test=test) == "ok"
+
+
 @pytest.mark.parametrize("kind", ["assert", "unittest"])
 def test_honest_results_of_other_types(kind):
     """A dataclass, a Counter, a named tuple, and a helper of the program that the tests use."""

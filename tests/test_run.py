@@ -150,7 +150,7 @@ def test_without_a_terminal_a_bar_shows_that_it_lives(capsys, monkeypatch):
     monkeypatch.setattr(common.run, "PAUSE", 0.1)
     with bar(4, "problems"):
         time.sleep(0.5)
-    assert "problems: 0 of 4, 00:00 gone, ? left" in capsys.readouterr().err
+        assert "problems: 0 of 4, 00:00 gone, ? left" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, text", [(share, "0"), (share, "1"), (amount, "0"), (amount, "2e9")])

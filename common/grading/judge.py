@@ -19,7 +19,7 @@ of call and stdin tests never enter. As root a program gets another user id.
 What this does NOT protect from:
 - `assert` and `unittest` tests share their process with the program, since they patch its modules.
   What is cheap to forge is noticed; a search of memory for the token of success is not, nor a
-  change of a module that the tests import later, nor code compiled under a library file's name;
+  change of a module that the tests import later, nor code compiled under the name of a file;
 - kernel bugs, side channels, and MEMORY in each of PROCESSES processes (there is no cgroup);
 - two programs that run one after the other, and leave a message in the kernel (a keyring);
 - CPU time that short-lived grandchildren use unseen: then the wall clock ends the program;

@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import unittest
+from os.path import isfile  # tests patch os.path
 
 COMPARING = [f"__{name}__" for name in "eq ne lt le gt ge sub rsub abs bool contains hash "
              "getattribute instancecheck round float int complex array".split()]
@@ -103,4 +104,4 @@ class Referee:
         if self.mock and type(method) is self.mock.MagicProxy or type(method) in NATIVE:
             return True
         dataclass = file == "<string>" and "__dataclass_fields__" in vars(owner)
-        return dataclass or os.path.exists(file)
+        return dataclass or isfile(file)
