@@ -246,7 +246,7 @@ def parse(argv):
     a("--data", nargs="+", help="existing solutions to annotate: JSONL files or hub sets")
     a("--vote-labels", nargs="?", const="good", choices=["good", "bad", "drop"],
       help="the labels of --data vote, too, PRM800K's neutral rating counting as this (good)")
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="tasks of common/tasks.py")
+    a("--task", nargs="+", default=tasks.DEFAULT, help="tasks of common/tasks.py")
     a("--task-data", help="local file in place of the hub")
     a("--split", help="of --task (the tiny world: train)")
     a("--k", type=int, default=8, help="rollouts a prefix, at most (8)")

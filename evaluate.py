@@ -29,7 +29,7 @@ import search
 from common.first_errors import halves, score_first_errors, with_mean
 from common.metrics import interval, paired, wrong_class
 from common.policy import add_policy_flags
-from common.results import print_figures
+from common.results import bounds, print_figures
 from common.run import TINY, add_run_flags, check_run_flags, command_line, share
 from common.samples import Bench, measurable, read_samples
 from prm_model import AGGREGATIONS, load_prm
@@ -170,7 +170,7 @@ def report(rows, names, ns=None):
             for n in ns:
                 values[name, n] = [function(row, n) for row in problems]  # one a problem
                 v, low, high = interval(values[name, n])
-                line += f"{v:>6.3f} " + (f"[{low:.2f}, {high:.2f}]" if high > low else " " * 12)
+                line += f"{v:>6.3f} {bounds(low, high)}"
                 out[domain][name][n] = {"value": v, "low": low, "high": high}
             print(line)
         best, most = names[0], ns[-1]

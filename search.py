@@ -263,7 +263,7 @@ def add_search_flags(parser, n=None):
     """The flags that solve() reads; evaluate.py has them as well, with n="+" for several N.
     Capitals: torchrun on Python before 3.12 takes --n for its own, even after the script's name."""
     a = parser.add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="TASK or TASK:SPLIT")
+    a("--task", nargs="+", default=tasks.DEFAULT, help="TASK or TASK:SPLIT")
     a("--data", help="local file instead of the hub")
     a("--n", "--N", type=int, nargs=n, default=16, help="best-of-N, majority: samples (16)")
     a("--k", "--K", type=int, default=4, help="beam: paths kept, K (4)")

@@ -201,7 +201,7 @@ def main(argv=None):
     a("--model", help="reference model F: folder or hub id (default: the policy)")
     a("--params", type=run.pattern, default="", help="regular expression of weights' names")
     a("--offload", action="store_true", help="the sets' vectors in main memory, not on the GPU")
-    a("--task", nargs=2, default=["tiny-math", "tiny-code"], help="a task of math and one of code")
+    a("--task", nargs=2, default=tasks.DEFAULT, help="a task of math and one of code")
     a("--n", "--N", type=int, default=8, help="responses sampled for each problem (8)")
     a("--policy", default=str(run.TINY / "A"), help="folder or hub id")
     a("--prm", default=str(run.TINY / "prm"), help="folder, hub id or http://...")

@@ -306,7 +306,7 @@ def train(args, stop):
 def main(argv=None):
     parser = run.command_line(__doc__)
     a = parser.add_argument_group("problems and models").add_argument
-    a("--task", nargs="+", default=["tiny-math", "tiny-code"], help="(those of the tiny world)")
+    a("--task", nargs="+", default=tasks.DEFAULT, help="(those of the tiny world)")
     a("--data", help="local file of training problems instead of the hub")
     a("--val-data", help="local file of held-out problems")
     a("--limit", type=int, default=600, help="training problems of each task (600)")

@@ -5,7 +5,7 @@ docs/models.md lists families, exact or refused (python benchmarks/families.py).
 import socket
 import sys
 from pathlib import Path
-from urllib.parse import parse_qs, urlparse
+from urllib.parse import parse_qs, unquote, urlparse
 from urllib.request import getproxies
 
 import torch
@@ -113,11 +113,20 @@ def is_address(path):
     return str(path).startswith(("http://", "https://"))
 
 
+def address_parts(address):
+    """(URL, NAME or None, FOLDER or "") of http://host:port/path?model=NAME#FOLDER"""
+    parts = urlparse(address)
+    query = parse_qs(parts.query.replace("+", "%2B"))  # a plus is no space in a model's name
+    expect(query.keys() <= {"model"}, f"{address}: only ?model=NAME is known")
+    url = parts._replace(query="", fragment="").geturl()
+    return url, query.get("model", [None])[0], unquote(parts.fragment)
+
+
 def short_name(path):
     """The last part of a folder or hub id; of an address its model's, or the host."""
     if is_address(path):
-        parts = urlparse(path)
-        path = parse_qs(parts.query).get("model", [parts.netloc])[0]
+        url, name, _ = address_parts(path)
+        path = name or urlparse(url).netloc
     return Path(path).name
 
 

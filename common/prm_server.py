@@ -11,8 +11,8 @@ https://docs.vllm.ai/en/latest/models/pooling_models.
 """
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
-from urllib.parse import urlsplit
 
+from common.models import address_parts
 from common.run import expect
 from common.server import answered, connect, find_model
 
@@ -27,9 +27,8 @@ class ServerPRM:
     """
 
     def __init__(self, address, load_prm, retries=5, **keywords):
-        parts = urlsplit(address)
-        path = parts.path.rstrip("/").removesuffix("/v1")  # /pooling stands beside /v1
-        self.url = f"{parts.scheme}://{parts.netloc}{path}"
+        url, _, _ = address_parts(address)
+        self.url = url.rstrip("/").removesuffix("/v1")  # /pooling stands beside /v1
         self.client = connect(self.url, retries)
         listing = connect(f"{self.url}/v1", retries)
         self.served, folder = find_model(address, listing, f"{self.url}/v1")

@@ -138,9 +138,13 @@ def report(rows, args):
 
 def line(label, values, costs):
     accuracy, low, high = interval([float(value) for value in values])
-    # a bootstrap of equal values, as of one problem, knows no spread
-    bounds = f"[{low:.2f}, {high:.2f}]" if high > low else ""
-    print(f"  {label:<32}{accuracy:.3f} {bounds:<12}{costs}")
+    print(f"  {label:<32}{accuracy:.3f} {bounds(low, high)}{costs}")
+
+
+def bounds(low, high):
+    """As "[0.81, 0.97]"; blank where a bootstrap of equal values, as of one problem, has no spread.
+    """
+    return f"[{low:.2f}, {high:.2f}]" if high > low else " " * 12
 
 
 def print_figures(figures):

@@ -17,12 +17,12 @@ import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import urlsplit
 
 from transformers import AutoTokenizer
 
 from common.driver import warn_once
-from common.models import load_pretrained
+from common.models import address_parts, load_pretrained
 from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
 from common.run import expect
@@ -55,9 +55,7 @@ def answered(client, request):
 def find_model(address, client, url):
     """(its name on the server, where its config.json and tokenizer are): by the address, else by
     the server's list. ValueError: the server has several, and the address does not say which."""
-    query = parse_qs(urlsplit(address).query.replace("+", "%2B"))
-    expect(query.keys() <= {"model"}, f"{address}: only ?model=NAME is known")
-    name, folder = query.get("model", [None])[0], unquote(urlsplit(address).fragment)
+    _, name, folder = address_parts(address)
     if name and folder:
         return name, folder
     try:
@@ -89,10 +87,10 @@ def listed(client, url):
 def identity(address):
     """What tells the model at a policy's or PRM's address from another one there: by the address,
     else by the server, which has to be up."""
-    name = parse_qs(urlsplit(address).query).get("model")
+    url, name, _ = address_parts(address)
     if name:
-        return name
-    url = urlsplit(address)._replace(query="", fragment="").geturl().rstrip("/")
+        return [name]
+    url = url.rstrip("/")
     url += "" if urlsplit(url).path else "/v1"
     return list(find_model(address, connect(url), url))
 
@@ -120,7 +118,7 @@ class ServerPolicy:
     def __init__(self, address, separator=None, seed=0, temperature=1.0, top_p=1.0,
                  max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
                  retries=5, thinking=False):
-        self.url = urlsplit(address)._replace(query="", fragment="").geturl()
+        self.url, _, _ = address_parts(address)
         self.client = connect(self.url, retries)
         self.served, folder = find_model(address, self.client, self.url)
         self.tokenizer = chat_tokenizer(folder, self.url)

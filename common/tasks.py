@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import chain, repeat, zip_longest
 
 from common.data import hub_rows, read_rows
-from common.formats.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401 (others: Problem)
+from common.formats.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401
 from common.grading import judge
 from common.grading.answers import equivalent_many, extract_answer
 from common.grading.judge import extract_code
@@ -81,10 +81,13 @@ def vote_keys(items):
 
 # ------------------------------------------------------------ loading
 
+DEFAULT = ["tiny-math", "tiny-code"]  # of every script
+
+
 def each(names, data):
     """The tasks of a command. A local file holds the problems of one: if none is named, of the
     first default."""
-    expect(not data or len(names) == 1 or names == ["tiny-math", "tiny-code"],
+    expect(not data or len(names) == 1 or names == DEFAULT,
            f"{data} holds the problems of one task, not of {' and '.join(names)}")
     return names[:1] if data else names
 
