@@ -63,8 +63,9 @@ LISTS = {kind: eval("lambda xs, n: " + code.format(x="xs", n="n"))
 RETURNS = {"sum": ("the sum of {x}", "sum({x})"), "len": ("the number of items of {x}", "len({x})"),
            "all": ("{x}", "{x}")}
 # Operations per problem, the knob of difficulty: the shipped policy solves 30 to 60 % of the test
-# problems.
-STEPS = {"train": {"math": (5, 9), "code": (4, 7)}, "test": {"math": (5, 9), "code": (4, 6)}}
+# problems. Those of "hard" are as long as the longest that the models were trained on.
+STEPS = {"train": {"math": (5, 9), "code": (4, 7)}, "test": {"math": (5, 9), "code": (4, 6)},
+         "hard": {"math": (9, 9), "code": (7, 7)}}
 
 # Habits: for the kinds of step on the left, an author writes the wrong thing on the right (see
 # _habit_math, _write_code).
@@ -101,7 +102,7 @@ def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
             p = (_draw_math if domain == "math" else _draw_code)(rng, rng.randint(fewest, most))
             meta = p["meta"]
             digest = hashlib.blake2b(repr(meta).encode(), digest_size=2).digest()
-            if (digest[0] < 26) == (split == "test"):  # one problem in ten is of the test split
+            if (digest[0] < 26) == (split != "train"):  # one problem in ten is held out
                 if not (strict and domain == "code"
                         and harmless(meta["ops"], meta["end"], p["tests"]["inputs"])):
                     break
