@@ -2,10 +2,15 @@
 
 PRM_TEST_DEVICE=cuda puts the models of test_policy, test_prm_model, test_search and test_train on the GPU, and what
 these tests start, in fp32. Without it no test sees a GPU."""
+import importlib
 import multiprocessing
 import os
 import socket
 import sys
+import tempfile
+import threading
+from concurrent.futures import Future
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -43,33 +48,84 @@ FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["annotate", "beyond.reinforce", "evaluate", "search", "similarity", "train"])
 
 
-def begin(function, *args, ranks=1):
-    """function(*args) in a process for each rank, with what torchrun puts into its environment -> the processes."""
+def begin(function, *args, ranks=1, output=os.devnull):
+    """function(*args) in a process for each rank, with what torchrun puts into its environment -> the processes.
+    output: the file for what they print."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [FORKS.Process(target=_rank, args=(rank, ranks, port, function, args)) for rank in range(ranks)]
+    processes = [FORKS.Process(target=_rank, args=(rank, ranks, port, function, args, output), daemon=True)
+                 for rank in range(ranks)]
     for process in processes:
         process.start()
     return processes
 
 
-def run_ranks(function, *args, ranks=2):
-    processes = begin(function, *args, ranks=ranks)
+def run_ranks(function, *args, ranks=2, output=os.devnull):
+    processes = begin(function, *args, ranks=ranks, output=output)
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * ranks
 
 
-def _rank(rank, ranks, port, function, args):
+def _rank(rank, ranks, port, function, args, output):
     if ranks > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    sys.stdout = open(os.devnull, "w")
+    sys.stdout = open(output, "w", buffering=1)
     function(*args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+# ---------------------------------------------------------------- what takes long runs beside the other tests
+
+AHEAD = {}  # name of a fixture -> (its job, its Future)
+FOLDER = tempfile.TemporaryDirectory(prefix="ahead-")
+ENVIRONMENT = dict(os.environ)  # before any test changes it
+
+
+def ahead(job):
+    """A fixture of what job(folder) returns. The job begins once the tests have been collected, in a thread that only
+    waits for processes: so these use the second core while the tests before its own use the first."""
+    AHEAD[job.__name__] = job, Future()
+
+    @pytest.fixture(scope="session", name=job.__name__)
+    def result():
+        return AHEAD[job.__name__][1].result()
+    return result
+
+
+def pytest_collection_finish(session):
+    wanted = set(chain.from_iterable(item.fixturenames for item in session.items))
+    names = [name for name in AHEAD if name in wanted]  # in the order of the files
+    if not session.config.option.collectonly:
+        threading.Thread(target=_work, args=(names,), daemon=True).start()
+
+
+def _work(names):
+    for name in names:
+        job, future = AHEAD[name]
+        folder = Path(FOLDER.name, name)
+        folder.mkdir()
+        try:
+            future.set_result(job(folder))
+        except BaseException as error:  # of the tests that ask for it
+            future.set_exception(error)
+
+
+def printed(script, flags, folder):
+    """What `python script.py flags` prints, in a folder that has the shipped models."""
+    folder.mkdir(exist_ok=True)
+    run_ranks(_main, script, flags, folder, ranks=1, output=folder / "printed")
+    return (folder / "printed").read_text()
+
+
+def _main(script, flags, folder):
+    os.chdir(folder)
+    Path("tiny").symlink_to(TINY)
+    importlib.import_module(script).main(flags)
 
 
 # ---------------------------------------------------------------- models

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import DEVICE, ROOT, TINY
+from conftest import DEVICE, ROOT, TINY, ahead, printed
 from test_search import DECEPTIVE, run
 
 import annotate
@@ -167,13 +167,19 @@ def sessions():
     return re.findall(r"^\$ python (\w+)\.py(.*)\n((?:.*\n)*?)```", COURSE, re.M)
 
 
-@pytest.mark.parametrize("script, flags, printed", sessions(), ids=lambda x: x[:12])
-def test_a_command_prints_what_the_course_shows(script, flags, printed, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny").symlink_to(ROOT / "tiny")
-    importlib.import_module(script).main([*flags.split(), "--device", "cpu"])
-    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
-    for line in filter(str.strip, printed.splitlines()):
+@ahead
+def outputs(folder):
+    """What each command prints here."""
+    texts = {}
+    for script, flags, _ in sessions():
+        texts[script, flags] = printed(script, [*flags.split(), "--device", "cpu"], folder / str(len(texts)))
+    return texts
+
+
+@pytest.mark.parametrize("script, flags, shown", sessions(), ids=lambda x: x[:12])
+def test_a_command_prints_what_the_course_shows(script, flags, shown, outputs):
+    lines = [line.rstrip() for line in outputs[script, flags].splitlines()]
+    for line in filter(str.strip, shown.splitlines()):
         if line.strip() != "...":
             assert any(map(same(line.rstrip()), lines)), line
 

@@ -1,11 +1,10 @@
 """The recipes, line by line with the flags they print, on the tiny world's models."""
 import json
-import os
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ENVIRONMENT, ROOT, ahead
 
 SETTINGS = {  # of each recipe, beside those of both
     "qwen_cpu.sh": dict(MODEL="tiny/A", QUESTIONS=16, CODELIMIT=2, CODEN=2),
@@ -22,15 +21,17 @@ def start(name, folder):
                                    "label": i % 3 - 1} for i in range(12)]))
     settings = SETTINGS[name] | dict(PYTHON=sys.executable, RUN=folder / "run", TASK="tiny-math", CODETASK="tiny-code", N=4, K=2,
                                      ERRORS=errors, LIMIT=2, EPOCHS=1, VALIDATION=0.3, DTYPE="float32")
-    return subprocess.Popen(["bash", str(ROOT / "recipes" / name)], env={**os.environ, **{k: str(v) for k, v in settings.items()}},
+    return subprocess.Popen(["bash", str(ROOT / "recipes" / name)], env=ENVIRONMENT | {k: str(v) for k, v in settings.items()},
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """{recipe: its folder} of both recipes, which have run side by side: most of it is starting Python."""
-    folders = {name: tmp_path_factory.mktemp(name) for name in SETTINGS}
-    for process in [start(name, folder) for name, folder in folders.items()]:
+@ahead
+def folders(folder):
+    """{recipe: its folder} of recipes that have run."""
+    folders = {name: folder / name for name in SETTINGS}
+    for name in SETTINGS:
+        folders[name].mkdir()
+        process = start(name, folders[name])
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     return folders

@@ -3,7 +3,7 @@ import contextlib
 import random
 
 import pytest
-from conftest import TINY
+from conftest import TINY, ahead, run_ranks
 
 from common import tasks
 from prm_model import load_prm
@@ -43,9 +43,15 @@ def test_grades_by_hand():
 def test_splits_share_no_problem_and_problems_are_reproducible():
     def operations(split, seed):
         return {repr(p["meta"]) for p in world.problems("math", split, 300, seed=seed, steps=(1, 1))}
-    assert not operations("train", 0) & operations("test", 1)  # one operation: collisions would be certain otherwise
+    for held_out in ("test", "hard"):  # one operation: collisions would be certain otherwise
+        assert not operations("train", 0) & operations(held_out, 1)
     assert len(operations("train", 0) & operations("train", 1)) > 50
     assert list(world.problems("code", "test", 3)) == list(world.problems("code", "test", 3))
+
+
+@pytest.mark.parametrize("domain, longest", [("math", 9), ("code", 7)])
+def test_hard_problems_are_long(domain, longest):
+    assert {len(p["meta"]["ops"]) for p in world.problems(domain, "hard", 20)} == {longest}
 
 
 def test_habits_are_systematic():
@@ -78,9 +84,10 @@ def test_no_mistake_is_harmless():
     assert found[False] > 3
 
 
-def test_the_world_is_made_again_stage_by_stage_and_after_a_kill(tmp_path, monkeypatch):
-    """A model of two cycles of two steps, killed in the second; rows and a PRM from the shipped models."""
-    monkeypatch.setitem(make.MODELS, "xs", ("careful", 16, 1, 2, (2, 2), 4, 4))
+def make_again(folder):
+    """A model of two cycles of two steps: at once, and killed in the second; rows and a PRM from the shipped models."""
+    make.MODELS["xs"] = ("careful", 16, 1, 2, (2, 2), 4, 4)
+    make.ROWS = [("tiny-math", 11, 4, 1.0)]
     get_batch, asked = make.get_batch, []
 
     def killed(*args):
@@ -89,17 +96,28 @@ def test_the_world_is_made_again_stage_by_stage_and_after_a_kill(tmp_path, monke
             raise KeyboardInterrupt
         return get_batch(*args)
     for out, batch in (("whole", get_batch), ("killed", killed), ("killed", get_batch)):
-        monkeypatch.setattr(make, "get_batch", batch)
+        make.get_batch = batch
         with pytest.raises(KeyboardInterrupt) if batch is killed else contextlib.nullcontext():
-            make.main(["--out", str(tmp_path / out), "--stages", "tokenizer", "xs"])
-    whole, again = ((tmp_path / out / "xs" / "model.safetensors").read_bytes() for out in ("whole", "killed"))
+            make.main(["--out", str(folder / out), "--stages", "tokenizer", "xs"])
+    rest = folder / "rest"
+    rest.mkdir()
+    for name in "ABCl":
+        (rest / name).symlink_to(TINY / name)
+    make.main(["--out", str(rest), "--stages", "rows", "prm", "--jobs", "1"])
+
+
+@ahead
+def made(folder):
+    run_ranks(make_again, folder, ranks=1)
+    return folder
+
+
+def test_the_world_is_made_again_after_a_kill(made):
+    whole, again = ((made / out / "xs" / "model.safetensors").read_bytes() for out in ("whole", "killed"))
     assert whole == again
 
-    out = tmp_path / "rest"
-    out.mkdir()
-    for name in "ABCl":
-        (out / name).symlink_to(TINY / name)
-    monkeypatch.setattr(make, "ROWS", [("tiny-math", 11, 4, 1.0)])
-    make.main(["--out", str(out), "--stages", "rows", "prm", "--jobs", "1"])
-    assert {x.name for x in out.iterdir()} == {*"ABCl", "rows.jsonl.gz", "prm"}
-    assert 0 <= load_prm(out / "prm").score(["1+1?"], [["Answer: 2"]])[0][0] <= 1
+
+def test_rows_and_a_prm_are_made_from_the_shipped_models(made):
+    rest = made / "rest"
+    assert {x.name for x in rest.iterdir()} == {*"ABCl", "rows.jsonl.gz", "prm"}
+    assert 0 <= load_prm(rest / "prm").score(["1+1?"], [["Answer: 2"]])[0][0] <= 1
