@@ -43,6 +43,7 @@ def random_qwen(seed=0, layers=2, hidden=32, **keywords):
 
 # ---------------------------------------------------------------- other processes, and ranks
 
+FOLDER = tempfile.TemporaryDirectory(prefix="prm-")  # of what other processes leave
 # forked from one that has imported everything: to import torch and transformers takes each script five seconds
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["annotate", "beyond.reinforce", "evaluate", "search", "similarity", "train"])
@@ -50,7 +51,7 @@ FORKS.set_forkserver_preload(["annotate", "beyond.reinforce", "evaluate", "searc
 
 def begin(function, *args, ranks=1, output=os.devnull):
     """function(*args) in a process for each rank, with what torchrun puts into its environment -> the processes.
-    output: the file for what they print."""
+    output: the file that they print to."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -61,11 +62,14 @@ def begin(function, *args, ranks=1, output=os.devnull):
     return processes
 
 
-def run_ranks(function, *args, ranks=2, output=os.devnull):
+def run_ranks(function, *args, ranks=2):
+    """The same, to its end -> what they have printed."""
+    output = Path(tempfile.mkstemp(dir=FOLDER.name)[1])
     processes = begin(function, *args, ranks=ranks, output=output)
     for process in processes:
         process.join()
-    assert [process.exitcode for process in processes] == [0] * ranks
+    assert [process.exitcode for process in processes] == [0] * ranks, output.read_text()
+    return output.read_text()
 
 
 def _rank(rank, ranks, port, function, args, output):
@@ -73,7 +77,7 @@ def _rank(rank, ranks, port, function, args, output):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    sys.stdout = open(output, "w", buffering=1)
+    sys.stdout = sys.stderr = open(output, "a", buffering=1)
     function(*args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -82,7 +86,6 @@ def _rank(rank, ranks, port, function, args, output):
 # ---------------------------------------------------------------- what takes long runs beside the other tests
 
 AHEAD = {}  # name of a fixture -> (its job, its Future)
-FOLDER = tempfile.TemporaryDirectory(prefix="ahead-")
 ENVIRONMENT = dict(os.environ)  # before any test changes it
 
 
@@ -118,8 +121,7 @@ def _work(names):
 def printed(script, flags, folder):
     """What `python script.py flags` prints, in a folder that has the shipped models."""
     folder.mkdir(exist_ok=True)
-    run_ranks(_main, script, flags, folder, ranks=1, output=folder / "printed")
-    return (folder / "printed").read_text()
+    return run_ranks(_main, script, flags, folder, ranks=1)
 
 
 def _main(script, flags, folder):
