@@ -7,7 +7,7 @@
     verdicts = judge_many([(p, "... so the answer is \\\\boxed{7}.") for p in problems])
 
 A *whole solution text* is judged. Math: its final answer is compared with the gold one. Code: its
-program is run against the tests by grading/judge.py, whose docstring says what that leaves open.
+program is run against the tests by grading/judge.py; docs/judge.md says what that leaves open.
 """
 import random
 from dataclasses import dataclass

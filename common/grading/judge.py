@@ -12,20 +12,8 @@ Tests are a dict with a "kind", and optionally "atol", "time_limit" (CPU s per t
     assert    entry, test: code that defines check(candidate), or asserts on the program's functions
     unittest  entry, test: code with unittest.TestCase classes
 
-programs.py takes a program out of a solution text, sandbox.py isolates it, and inside.py calls it
-there. Inputs go in by a pipe, outputs come out as JSON and are compared here: the expected outputs
-of call and stdin tests never enter. As root a program gets another user id.
-
-What this does NOT protect from:
-- `assert` and `unittest` tests share their process with the program, since they patch its modules.
-  What is cheap to forge is noticed; a search of memory for the token of success is not, nor a
-  change of a module that the tests import later, nor code compiled under the name of a file;
-- kernel bugs, side channels, and MEMORY in each of PROCESSES processes (there is no cgroup);
-- two programs that run one after the other, and leave a message in the kernel (a keyring);
-- CPU time that short-lived grandchildren use unseen: then the wall clock ends the program;
-- where namespaces are refused (some containers, macOS) one warning says so. Programs then see your
-  files, and only a guard in their own process, a net for accidents, keeps them from changing these.
-Run code that is hostile on purpose in a virtual machine.
+Inputs go in by a pipe, outputs come out as JSON and are compared here: the expected outputs of call
+and stdin tests never enter. docs/judge.md says what none of this protects from.
 """
 import ast
 import contextlib
