@@ -43,11 +43,11 @@ def timed(function):
     return result, after[0] - wall, after[1] - cpu
 
 
-def ours(problems, solutions, workers):
+def ours(problems, solutions):
     """{(id, n): ok} over each problem's n-th solution."""
     items = [(p, text) for p in problems for text in solutions[p.id]]
     names = [(p.id, n) for p in problems for n in range(len(solutions[p.id]))]
-    return {name: v.ok for name, v in zip(names, tasks.judge_many(items, workers))}
+    return {name: v.ok for name, v in zip(names, tasks.judge_many(items))}
 
 
 def evalplus(python, data, solutions, workers, home):
@@ -73,20 +73,20 @@ def main(argv=None):
     parser.add_argument("--humaneval", help="HumanEvalPlus.jsonl.gz of evalplus")
     parser.add_argument("--math", help="MATH-500 as jsonl")
     parser.add_argument("--evalplus", help="the Python of an environment with evalplus 0.3.1")
-    parser.add_argument("--workers", type=int, default=judge.cores())
     parser.add_argument("--tiny", type=int, default=2000, help="tiny programs to judge")
     args = parser.parse_args(argv)
-    figures = {"workers": args.workers, "slowness": judge.slowness()}
+    workers = judge.cores()
+    figures = {"workers": workers, "slowness": judge.slowness()}
 
     def report(name, count, wall, cpu, unit="programs"):
         figures[name] = {"count": count, "seconds": wall, "cpu_seconds": cpu, "per_second": count / wall}
         print(f"{name:28s} {count:5d} {unit} {wall:8.2f} s {cpu:8.2f} CPU s {count / wall:9.1f} /s "
-              f"{args.workers * count / cpu:9.1f} /s if all {args.workers} cores were free", flush=True)
+              f"{workers * count / cpu:9.1f} /s if all {workers} cores were free", flush=True)
 
     tests = {"kind": "call", "entry": "f", "inputs": [[n] for n in range(10)], "outputs": [n + 1 for n in range(10)]}
     problem = tasks.Problem("tiny", "Add one.", "code", tests=tests)
     items = [(problem, f"def f(x):\n    return x + {n % 2}  # {n}\n") for n in range(args.tiny)]
-    verdicts, *spent = timed(lambda: tasks.judge_many(items, args.workers))
+    verdicts, *spent = timed(lambda: tasks.judge_many(items))
     assert [v.ok for v in verdicts] == [n % 2 == 1 for n in range(args.tiny)]
     report("tiny programs", args.tiny, *spent)
 
@@ -106,7 +106,7 @@ def main(argv=None):
         problems = tasks.load("humaneval+", data=args.humaneval)
         solutions = {p.id: [p.tests["reference"], p.meta["prompt"] + "    return 7\n"] for p in problems}
         for state in ("cold", "warm"):
-            mine, *spent = timed(lambda: ours(problems, solutions, args.workers))
+            mine, *spent = timed(lambda: ours(problems, solutions))
             report(f"HumanEval+ {state}, ours", len(mine), *spent)
         passed = sum(mine[p.id, 0] for p in problems)
         print(f"{'':28s} canonical right: {passed} of {len(problems)}; constants right: {sum(mine.values()) - passed}")
@@ -115,7 +115,7 @@ def main(argv=None):
                 data = Path(home) / "HumanEvalPlus.jsonl"
                 data.write_bytes((gzip.open if args.humaneval.endswith("gz") else open)(args.humaneval, "rb").read())
                 for state in ("cold", "warm"):
-                    theirs, *spent = timed(lambda: evalplus(args.evalplus, data, solutions, args.workers, home))
+                    theirs, *spent = timed(lambda: evalplus(args.evalplus, data, solutions, workers, home))
                     report(f"HumanEval+ {state}, evalplus", len(theirs), *spent)
             differ = sorted(name for name in mine if mine[name] != theirs.get(name))
             figures["verdicts that differ"] = differ

@@ -74,8 +74,7 @@ def check_sample(sample, scores):
 
 def can_judge(row):
     """Has this row, or problem as a dict, an answer or tests that try something?"""
-    tests = row.get("tests")
-    return bool(tests and has_tests(tests)) or row.get("answer") not in (None, "", [])
+    return has_tests(row.get("tests")) or row.get("answer") not in (None, "", [])
 
 
 def read_samples(args):

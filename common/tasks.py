@@ -31,13 +31,13 @@ class Verdict:
 
 # ------------------------------------------------------------ verdicts and votes
 
-def judge_many(items, workers=None, progress=False):
+def judge_many(items, progress=False):
     """[(problem, solution text)] -> [Verdict]. Equal programs and equal answers are judged once."""
     items = list(items)
     pairs = [(p.answer, extract_answer(text)) for p, text in items if p.domain == "math"]
     programs = [(p.tests, extract_code(text, p)) for p, text in items if p.domain == "code"]
     equal = iter(zip(pairs, equivalent_many(pairs)))
-    reasons = iter(judge.judge_many(programs, workers, progress))
+    reasons = iter(judge.judge_many(programs, progress))
     verdicts = []
     for problem, _ in items:
         if problem.domain == "code":

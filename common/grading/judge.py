@@ -46,19 +46,17 @@ def slowness():
 
 def cores():
     """Cores for this process; torchrun's ranks share a machine."""
-    here = os.cpu_count()
-    if hasattr(os, "sched_getaffinity"):
-        here = len(os.sched_getaffinity(0))
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def parallel(function, jobs, workers=None, progress=False):
+def parallel(function, jobs, progress=False):
     """[function(*job)] in order, equal jobs once, in as many threads as cores: they only wait."""
     from tqdm import tqdm
 
     keys = [tuple(x if isinstance(x, str) else id(x) for x in job) for job in jobs]
     todo = dict(zip(keys, jobs))
-    with ThreadPoolExecutor(max(1, min(workers or cores(), len(todo)))) as threads:
+    with ThreadPoolExecutor(cores()) as threads:
         results = threads.map(lambda job: function(*job), todo.values())
         quiet = None if progress and todo else True
         done = dict(zip(todo, tqdm(results, "judge", len(todo), disable=quiet)))
@@ -131,7 +129,7 @@ def run_reference(tests):
 
 def judge(tests, code):
     """-> "ok" or why not. After a timeout the reference is timed: a slow one stretches limits."""
-    if not tests or not has_tests(tests):
+    if not has_tests(tests):
         return "no tests"
     limit = limit_of(tests)  # before the run: another thread may time the reference during it
     why = verdict(tests, run_program(tests, code))
@@ -266,16 +264,17 @@ def right(text, expected, args, oracle=None, atol=1e-6, wrapped=False):
 
 # ------------------------------------------------------------ many programs
 
-def judge_many(jobs, workers=None, progress=False):
+def judge_many(jobs, progress=False):
     """[(tests, program)] -> ["ok" or why not]."""
-    lacking = [(tests,) for tests, _ in jobs if tests and tests["kind"] == "call"
-               and has_tests(tests) and not {"outputs", "expected"} & tests.keys()]
-    parallel(run_reference, lacking, workers, progress)
-    return parallel(judge, jobs, workers, progress)
+    lacking = [(tests,) for tests, _ in jobs if has_tests(tests) and tests["kind"] == "call"
+               and not {"outputs", "expected"} & tests.keys()]
+    parallel(run_reference, lacking, progress)
+    return parallel(judge, jobs, progress)
 
 
 def has_tests(tests):
-    return bool(tests.get("inputs") if tests["kind"] in ("call", "stdin") else tests.get("test"))
+    key = "inputs" if tests and tests["kind"] in ("call", "stdin") else "test"
+    return bool(tests and tests.get(key))
 
 
 def behaviour(tests, question, code):
