@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.cache import PathBatch, batches, encode_missing
 from common.models import bos, check, dtype_of, is_address, load_pretrained, must_fit, own_logits
 from common.node import Node, child_key, next_keys
+from common.run import amount, bounded, expect
 from common.thinking import split_thought, thought_length, thought_of
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -142,8 +143,8 @@ class Policy:
         self.max_steps = max_steps
         self.max_solution_tokens = max_solution_tokens
         self.max_batch_tokens = max_batch_tokens or decoded_at_once(model)
-        eos = model.generation_config.eos_token_id if model.generation_config else None
-        eos = eos if eos is not None else tokenizer.eos_token_id
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        eos = tokenizer.eos_token_id if eos is None else eos
         self.eos_ids = eos if isinstance(eos, list) else [eos]
         self.eos = torch.tensor(self.eos_ids, device=model.device)
         # Only a token with the separator's last character can complete it. All others need no look
@@ -159,8 +160,7 @@ class Policy:
 
     def root(self, problem_id, question, domain="math"):
         """A problem's prompt as a node. The seed and the id fix all that is sampled below it."""
-        if not question.strip():
-            raise ValueError(f"problem {problem_id}: the question is empty")
+        expect(question.strip(), f"problem {problem_id}: the question is empty")
         key = child_key(self.seed, problem_id)
         ids = self._ids(question, domain)
         must_fit(len(ids), self.context, question)
@@ -190,12 +190,11 @@ class Policy:
     @torch.inference_mode()
     def _generate(self, nodes, n, whole):
         for node in nodes:
-            if node.end:
-                raise ValueError(f"a solution that has ended ({node.end}) cannot go on: "
-                                 f"{node.text!r}")
-        count, _ = encode_missing(self.model, self.name, nodes, lambda node: node.ids,
-                                  self.max_batch_tokens)
-        self.prefilled += count
+            expect(not node.end, f"a solution that has ended ({node.end}) cannot go on: "
+                   f"{node.text!r}")
+        tokens, _ = encode_missing(self.model, self.name, nodes, lambda node: node.ids,
+                                   self.max_batch_tokens)
+        self.prefilled += tokens
         groups = next_keys(nodes, n)
         jobs = []  # (node, key), one a sample
         for node, keys in groups:
@@ -224,13 +223,13 @@ class Policy:
         device = self.model.device
         limits = [self._limit(node, whole) for node, _ in batch]
         limit = max(limits)
-        head = self._logits
         parents = {}  # each is laid out once, then repeated
         index = [parents.setdefault(node, len(parents)) for node, _ in batch]
         index = torch.tensor(index, device=device)
         rows = PathBatch(self.model, self.name, [p.line() for p in parents], room=min(limit, 64))
         rows.keep(index)
-        logits = head(torch.stack([p.hidden[self.name] for p in parents]))[index]
+        hidden = torch.stack([p.hidden[self.name] for p in parents])
+        logits = own_logits(self.lm, hidden)[index]
         keys = torch.tensor([key for _, key in batch], device=device)
         alive = torch.arange(len(batch), device=device)  # the batch item that each row works on
         length = torch.zeros_like(alive)  # tokens of the rows that have stopped, 0 of the others
@@ -267,10 +266,7 @@ class Policy:
                 logps = [column[left] for column in logps]
             if rows.length == rows.mask.shape[1]:
                 rows.grow(min(limit - t, 64))
-            logits = head(rows.append(token[:, None])[:, -1])
-
-    def _logits(self, hidden):
-        return own_logits(self.lm, hidden)
+            logits = own_logits(self.lm, rows.append(token[:, None])[:, -1])
 
     def _opening(self, parent):
         """What the prompt has written of the thought of a step below this node."""
@@ -366,16 +362,13 @@ def add_policy_flags(parser, default=None, without=()):
         a("--policy", default=default, help="folder, hub id, or http://host:port/v1 of a server")
     a("--thinking", choices=["on", "off"], default="off", help="if the chat template can (off)")
     a("--separator", help="text between steps (what the folder says, else an empty line)")
-    a("--temperature", type=float, default=1.0, help="0 is greedy (1)")
-    a("--top-p", type=float, default=1.0, help="sample from the smallest set of this mass (1: all)")
+    a("--temperature", type=amount, default=1.0, help="0 is greedy (1)")
+    a("--top-p", type=bounded(1e-6, 1, "a number above 0 and at most 1"), default=1.0,
+      help="sample from the smallest set of this mass (1: all)")
     a("--max-solution-tokens", type=int, default=2048, help="tokens without the prompt (2048)")
 
 
 def load_policy_flags(args, device, path=None, **keywords):
-    if not args.temperature >= 0 or not 0 < args.top_p <= 1:
-        raise ValueError("--temperature must not be negative, and --top-p is above 0 and at most 1")
-    if args.max_solution_tokens < 1:
-        raise ValueError("--max-solution-tokens: 1 or more")
     names = ("seed", "temperature", "top_p", "max_solution_tokens")
     options = {name: getattr(args, name) for name in names} | keywords
     separator = args.separator
