@@ -60,11 +60,13 @@ def extract_code(text, problem):
     defines = re.compile(rf"^[ \t]*(?:async +)?(?:def|class) +{word}\b|^{word}[ \t]*=", re.M)
     blocks = fenced_blocks(text)
     codes = [code for _, code in blocks]
-    candidates = name and [code for code in codes if defines.search(code)]
-    candidates = candidates or [code for tag, code in blocks if tag in PYTHON]
-    # the last but one: an unfenced program, and a stray fence after it
-    candidates = candidates or [*filter(is_program, codes)]
-    candidates = candidates or [*filter(is_program, [text.split("```")[0]])] or codes or [text]
+    candidates = (
+        name and [code for code in codes if defines.search(code)]
+        or [code for tag, code in blocks if tag in PYTHON]
+        or list(filter(is_program, codes))
+        # an unfenced program, and a stray fence after it
+        or list(filter(is_program, [text.split("```")[0]]))
+        or codes or [text])
     code = candidates[-1].removeprefix("\ufeff")
     prompt, helpers = meta.get("prompt"), meta.get("helpers", "")
     if not prompt or not name:
