@@ -135,7 +135,6 @@ class ServerPolicy:
         self.max_steps = max_steps
         self.max_solution_tokens = max_solution_tokens
         self.pool = ThreadPoolExecutor(32)
-        self.returns_separator = False  # does this server leave the stop text in its reply?
         self.generated = 0
         self.prefilled = 0
 
@@ -201,12 +200,13 @@ class ServerPolicy:
             node = Node(part.removesuffix(self.separator).strip("\n"), node, [0] * count,
                         0.0 if i else sum(logps), key=own_key, depth=node.depth + 1,
                         domain=parent.domain, thought="" if i else thought)
+        said = stopped_by(choice)
         if FINAL.search(node.text):
             node.end = "answer"
         elif choice.finish_reason == "length":
             node.end = "length"
-        elif whole or self._is_over(choice, text):
-            node.end = "eos"
+        elif whole or said == "end" or said == "unknown" and not text.strip():
+            node.end = "eos"  # a server that does not say shows it one request later, by no text
         elif node.depth >= self.max_steps:
             node.end = "length"
         return node
@@ -216,7 +216,6 @@ class ServerPolicy:
         fence ends no step: ask for what follows."""
         text, logps, stop = choice.text, choice.logps, self.separator
         while choice.finish_reason == "stop" and stopped_by(choice) != "end":
-            self.returns_separator |= stop == self.separator and choice.text.endswith(stop)
             # the server leaves out what stopped it, or it does not
             longer = text.removesuffix(stop) + (f"{END}\n\n" if stop == END else stop)
             thought, step = split_thought(longer, opening)
@@ -234,13 +233,6 @@ class ServerPolicy:
                 break  # an end of text inside the fence: asking again would change nothing
             text, logps = text + choice.text, logps + choice.logps
         return text, logps, choice
-
-    def _is_over(self, choice, text):
-        """Was it the end of text, not the separator? A server that does not say shows it by leaving
-        out the separator that it usually returns, or one request later, by no text."""
-        if stopped_by(choice) != "unknown":
-            return stopped_by(choice) == "end"
-        return not text.strip() or self.returns_separator and not text.endswith(self.separator)
 
     def _text(self, node):
         root = node.root()
