@@ -125,23 +125,13 @@ def split_steps(ids, tokenizer, separator, closing, opening=""):
 class Policy:
     """A causal LM that proposes steps. Its counters of tokens (generated, prefilled) only grow."""
 
-    def __init__(self, model, tokenizer, separator="\n\n", seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
-                 max_batch_tokens=None, name="policy", thinking=False):
+    def __init__(self, model, tokenizer, separator="\n\n", max_batch_tokens=None, name="policy",
+                 **settings):
+        self.configure(tokenizer, separator, **settings)
         model.set_attn_implementation("sdpa")  # the one that takes our masks
         self.lm = model
         self.model = model.base_model
-        self.tokenizer = tokenizer
-        self.separator = separator
-        self.thinking = thinking
-        self.opening, self.no_thought = thought_of(tokenizer, thinking)
         self.name = name
-        self.seed = seed
-        self.temperature = temperature
-        self.top_p = top_p
-        self.max_step_tokens = max_step_tokens
-        self.max_steps = max_steps
-        self.max_solution_tokens = max_solution_tokens
         self.max_batch_tokens = max_batch_tokens or decoded_at_once(model)
         eos = getattr(model.generation_config, "eos_token_id", None)
         eos = tokenizer.eos_token_id if eos is None else eos
@@ -155,6 +145,21 @@ class Policy:
         self.closing = closing.to(model.device)
         self.closing_ids = set(closing.nonzero()[:, 0].tolist())
         self.context = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+    def configure(self, tokenizer, separator, seed=0, temperature=1.0, top_p=1.0,
+                  max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
+                  thinking=False):
+        """What does not depend on where the model is: also of a ServerPolicy."""
+        self.tokenizer = tokenizer
+        self.separator = separator
+        self.thinking = thinking
+        self.opening, self.no_thought = thought_of(tokenizer, thinking)
+        self.seed = seed
+        self.temperature = temperature
+        self.top_p = top_p
+        self.max_step_tokens = max_step_tokens
+        self.max_steps = max_steps
+        self.max_solution_tokens = max_solution_tokens
         self.generated = 0
         self.prefilled = 0
 

@@ -14,7 +14,6 @@ The server's own prefix cache cannot be seen from here: `prefilled` stays 0.
 """
 import json
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -26,7 +25,7 @@ from common.models import address_parts, load_pretrained
 from common.node import Node, child_key, next_keys
 from common.policy import FINAL, Policy, chat_prompt, step_end
 from common.run import expect
-from common.thinking import END, split_thought, thought_of
+from common.thinking import END, split_thought
 
 
 def connect(url, retries=5):
@@ -112,35 +111,22 @@ def chat_tokenizer(folder, url):
     return tokenizer if tokenizer.chat_template else None
 
 
-class ServerPolicy:
+class ServerPolicy(Policy):
     """The policy at an address. separator None: as load_policy() of common/policy.py has it."""
+    context = None  # the server knows it, and says so
 
-    def __init__(self, address, separator=None, seed=0, temperature=1.0, top_p=1.0,
-                 max_step_tokens=sys.maxsize, max_steps=40, max_solution_tokens=2048,
-                 retries=5, thinking=False):
+    def __init__(self, address, separator=None, retries=5, **settings):
         self.url, _, _ = address_parts(address)
         self.client = connect(self.url, retries)
         self.served, folder = find_model(address, self.client, self.url)
-        self.tokenizer = chat_tokenizer(folder, self.url)
-        self.thinking = thinking
-        self.opening, self.no_thought = thought_of(self.tokenizer, thinking)
         config = Path(folder, "config.json")  # of a folder of ours; the hub's models do not say
         said = json.loads(config.read_text()) if config.is_file() else {}
-        self.separator = separator or said.get("step_separator") or "\n\n"
-        self.seed = seed
-        self.sampling = {"temperature": temperature, "top_p": top_p}
+        separator = separator or said.get("step_separator") or "\n\n"
+        self.configure(chat_tokenizer(folder, self.url), separator, **settings)
+        self.sampling = {"temperature": self.temperature, "top_p": self.top_p}
         if self.tokenizer:  # the template has a BOS: the server's tokenizer would add a second one
             self.sampling["extra_body"] = {"add_special_tokens": False}
-        self.max_step_tokens = max_step_tokens
-        self.max_steps = max_steps
-        self.max_solution_tokens = max_solution_tokens
         self.pool = ThreadPoolExecutor(32)
-        self.generated = 0
-        self.prefilled = 0
-
-    context = None  # the server knows it, and says so
-    root, adopt, propose, complete = Policy.root, Policy.adopt, Policy.propose, Policy.complete
-    _limit, _opening = Policy._limit, Policy._opening
 
     def _ids(self, text, domain=None):
         return ()  # the server has the tokens
