@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import tasks
-from common.grading import answers, judge
+from common.grading import answers, judge, sandbox
 
 
 def clock():
@@ -37,7 +37,7 @@ def timed(function):
     """-> (result, wall s, CPU s). Workers are stopped inside, for only ended processes are counted."""
     wall, cpu = clock()
     result = function()
-    judge.close()
+    sandbox.close()
     answers.close()
     after = clock()
     return result, after[0] - wall, after[1] - cpu

@@ -17,8 +17,8 @@ from common.data import hub_rows, read_rows
 from common.formats.loaders import TASKS, Problem, likely_tasks, own_row  # noqa: F401
 from common.grading import judge
 from common.grading.answers import equivalent_many, extract_answer
-from common.grading.judge import extract_code
 from common.grading.notation import normalise
+from common.grading.programs import extract_code
 from common.run import command_line, expect, located
 
 

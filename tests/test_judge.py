@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 
 from common.grading import judge, sandbox
-from common.grading.judge import decode, encode
+from common.grading.inside import answer, encode
+from common.grading.judge import decode
+from common.grading.programs import examples, extract_code
 from common.tasks import Problem, judge_many, vote_keys
 
 LINUX = sys.platform.startswith("linux")
@@ -26,7 +28,7 @@ LINUX = sys.platform.startswith("linux")
 @pytest.fixture(scope="module", autouse=True)
 def stop_programs():
     yield
-    judge.close()
+    sandbox.close()
 
 
 # ---------------------------------------------------------------------------- values and comparison
@@ -47,7 +49,7 @@ def test_values_cross_the_pipe(value):
     ids=lambda v: str(v)[:30])
 def test_same(out, expected, want):
     assert judge.same(encode(out), encode(expected)) is want
-    assert judge.right(judge.answer(out), judge.answer(expected), []) is want  # as texts, long ones as digests
+    assert judge.right(answer(out), answer(expected), []) is want  # as texts, long ones as digests
 
 
 @pytest.mark.parametrize("out, expected, want", [
@@ -236,7 +238,7 @@ def test_integers_that_collide_in_their_hash_take_linear_time(expected):
     kind = type(expected).__name__
     items = [[v, 1] for v in colliding] if kind == "dict" else colliding
     start = time.process_time()
-    assert not judge.right(json.dumps({"t": kind, "v": items}), judge.answer(expected), [])
+    assert not judge.right(json.dumps({"t": kind, "v": items}), answer(expected), [])
     assert time.process_time() - start < 20
 
 
@@ -614,7 +616,7 @@ BLOCKS = {
 def test_fenced_blocks(name):
     text, want = BLOCKS[name]
     problem = Problem("p", "q", "code", tests={"kind": "stdin"})
-    assert judge.extract_code(text, problem).strip() == want
+    assert extract_code(text, problem).strip() == want
 
 
 @pytest.mark.parametrize("text", [
@@ -623,7 +625,7 @@ def test_fenced_blocks(name):
 @pytest.mark.parametrize("meta", [{}, PROMPT], ids=["bare", "prompt"])
 def test_extraction_is_linear(text, meta):
     start = time.process_time()
-    judge.extract_code(text, Problem("p", "q", "code", tests={"kind": "call", "entry": "f"}, meta=meta))
+    extract_code(text, Problem("p", "q", "code", tests={"kind": "call", "entry": "f"}, meta=meta))
     assert time.process_time() - start < 5
 
 
@@ -672,7 +674,7 @@ def test_close_kills_what_runs():
     while len(sandbox.LIVE) == len(sandbox.IDLE):
         time.sleep(0.05)
     time.sleep(0.5)
-    judge.close()
+    sandbox.close()
     thread.join(timeout=30)
     assert not thread.is_alive()
     assert verdict(GOOD) == "ok"
@@ -696,10 +698,10 @@ def test_vote_keys_of_code_are_behaviour_on_example_inputs():
 
 
 def test_examples_and_completion():
-    assert judge.examples(">>> f([1, 2], 'a)')\n3\nassert f(3) == g(4)", "f") == [[[1, 2], "a)"], [3]]
+    assert examples(">>> f([1, 2], 'a)')\n3\nassert f(3) == g(4)", "f") == [[[1, 2], "a)"], [3]]
     meta = {"prompt": "import os\ndef f(x):\n", "helpers": "import os\n"}
     problem = Problem("p", "q", "code", tests={"entry": "f"}, meta=meta)
-    assert judge.extract_code("    return x", problem) == "import os\ndef f(x):\n    return x"
-    assert judge.extract_code("```python\ndef f(x): pass\n```", problem) == "import os\ndef f(x):\n    pass"
+    assert extract_code("    return x", problem) == "import os\ndef f(x):\n    return x"
+    assert extract_code("```python\ndef f(x): pass\n```", problem) == "import os\ndef f(x):\n    pass"
     twice = "```python\ndef f(x): return 1\n```\nfor example\n```python\nprint(f(2))\n```"
-    assert judge.extract_code(twice, problem) == "import os\ndef f(x):\n    return 1"  # what defines it, not what calls it
+    assert extract_code(twice, problem) == "import os\ndef f(x):\n    return 1"  # what defines it, not what calls it

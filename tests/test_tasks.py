@@ -13,7 +13,7 @@ import pytest
 
 from common import tasks
 from common.formats import loaders
-from common.grading import judge
+from common.grading import judge, sandbox
 from common.grading.answers import equivalent_many, extract_answer
 from common.tasks import Problem, judge_many, load, vote_keys
 
@@ -23,7 +23,7 @@ DATA = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 @pytest.fixture(scope="module", autouse=True)
 def stop_workers():
     yield
-    judge.close()
+    sandbox.close()
 
 
 def real(name):

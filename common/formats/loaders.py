@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 from common.formats.converters import first_error_labels
-from common.grading import judge
 from common.grading.answers import extract_answer
-from common.grading.judge import slowness
+from common.grading.inside import encode
+from common.grading.judge import decode, slowness
 from common.grading.notation import normalise
+from common.grading.programs import examples
 from common.run import expect
 
 
@@ -102,13 +103,13 @@ def _evalplus(row, n):
         tests["oracle"] = ORACLES[entry]
     if "base_input" in row:  # the release file: inputs without outputs, which the reference gives
         inputs = [*row["base_input"], *(row["plus_input"] or [])]
-        examples = judge.examples(row.get("assertion") or "", entry)
-        if examples and examples[0]:
+        shown = examples(row.get("assertion") or "", entry)
+        if shown and shown[0]:
             # the example's last argument stands for all that follow
-            forms = [*examples[0], *[examples[0][-1]] * max(map(len, inputs), default=0)]
+            forms = [*shown[0], *[shown[0][-1]] * max(map(len, inputs), default=0)]
             inputs = [list(map(_typed, args, forms)) for args in inputs]
-        shown = inputs[:len(row["base_input"])][:8]
-        tests.update(kind="call", inputs=inputs, example_inputs=shown)
+        tests.update(kind="call", inputs=inputs,
+                     example_inputs=inputs[:len(row["base_input"])][:8])
     else:
         code = row.get("test") or "\n".join([*row.get("test_imports", ()), *row["test_list"]])
         tests.update(_table(code))
@@ -268,12 +269,12 @@ def _recoded(tests, code):
 
 def packed(tests):
     """Tests as JSON can carry them: MBPP+ has complex numbers, sets, and keys that are tuples."""
-    return tests and {**_recoded(tests, judge.encode), "packed": True}
+    return tests and {**_recoded(tests, encode), "packed": True}
 
 
 def unpacked(tests):
     """The inverse of packed(); tests that were written otherwise stay as they are."""
-    return _recoded(tests, judge.decode) if tests and tests.get("packed") else tests
+    return _recoded(tests, decode) if tests and tests.get("packed") else tests
 
 
 def check_tests(tests):

@@ -28,9 +28,9 @@ import timeit
 from concurrent.futures import ThreadPoolExecutor
 from decimal import Decimal
 
-from common.grading.inside import answer, encode, plain  # noqa: F401 (encode: for callers)
-from common.grading.programs import examples, extract_code, parsed  # noqa: F401
-from common.grading.sandbox import close, execute  # noqa: F401
+from common.grading.inside import answer, plain
+from common.grading.programs import examples, parsed
+from common.grading.sandbox import execute
 
 SECONDS = 2.0  # CPU seconds per test when nothing better is known; times slowness()
 TOTAL = 20.0  # CPU seconds of all tests of a program, beyond what the reference solution needs
