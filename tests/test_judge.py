@@ -419,6 +419,11 @@ def test_unusual_but_right(name, isolated):
     assert verdict(RIGHT[name]) == "ok"
 
 
+def test_programs_start_from_the_same_random_state():
+    code = "import random\ndef f(x): return random.random()"
+    assert len({judge.run_program(KINDS["call"], code)[0][1] for _ in range(3)}) == 1
+
+
 def test_stdin_has_a_name(isolated):
     assert verdict("print(int(open('/dev/stdin').read()) + 1)", "stdin") == "ok"
 

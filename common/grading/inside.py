@@ -146,7 +146,6 @@ def contest_names():
     lines += [f"import {name}" for name in [*modules, "sys", "time", "fractions"]]
     names = {}
     exec("\n".join(lines), names)
-    names["random"].seed(0)  # each program starts from the same random state: verdicts repeat
     return names
 
 
@@ -200,6 +199,7 @@ def child(mode, names):
     """Read the request, set the limits, run the program, never return."""
     try:
         request = marshal.load(sys.stdin.buffer)
+        names["random"].seed(0)  # verdicts repeat: fork() has given the child another state
         dumpable(True)  # else /dev/stdin cannot be opened
         os.setsid()
         results, null = os.dup(1), os.open(os.devnull, os.O_RDWR)
