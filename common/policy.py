@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from common.cache import PathBatch, batches, encode_missing
 from common.models import bos, check, dtype_of, is_address, load_pretrained, must_fit, own_logits
 from common.node import Node, child_key, next_keys
-from common.run import amount, bounded, expect
+from common.run import amount, bounded, expect, natural
 from common.thinking import split_thought, thought_length, thought_of
 
 # Asked of models with a chat template. Without one the prompt is the question and a separator.
@@ -370,7 +370,7 @@ def add_policy_flags(parser, default=None, without=()):
     a("--temperature", type=amount, default=1.0, help="0 is greedy (1)")
     a("--top-p", type=bounded(1e-6, 1, "a number above 0 and at most 1"), default=1.0,
       help="sample from the smallest set of this mass (1: all)")
-    a("--max-solution-tokens", type=int, default=2048, help="tokens without the prompt (2048)")
+    a("--max-solution-tokens", type=natural, default=2048, help="tokens without the prompt (2048)")
 
 
 def load_policy_flags(args, device, path=None, **keywords):

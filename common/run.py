@@ -249,10 +249,10 @@ def command_line(description):
     return CommandLine(description=description, formatter_class=as_written)
 
 
-def bounded(low, high, words):
+def bounded(low, high, words, kind=float):
     """A type of flag: a number from low to high."""
     def number(text):
-        if not low <= (value := float(text)) <= high:  # also false for nan
+        if not low <= (value := kind(text)) <= high:  # also false for nan
             raise argparse.ArgumentTypeError(f"{words} is expected, not {text}")
         return value
     return number
@@ -260,13 +260,8 @@ def bounded(low, high, words):
 
 share = bounded(0, 1, "a share from 0 to 1")
 amount = bounded(0, sys.float_info.max, "a finite number from 0 upwards")
-
-
-def whole(text):
-    """A type of flag: an integer from 0 upwards."""
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"a whole number from 0 upwards is expected, not {text}")
-    return int(text)
+whole = bounded(0, sys.maxsize, "a whole number from 0 upwards", int)
+natural = bounded(1, sys.maxsize, "a whole number from 1 upwards", int)
 
 
 def pattern(text):

@@ -19,6 +19,7 @@ from common.run import (
     check_run_flags,
     command_line,
     journaled,
+    natural,
     need_positive,
     pattern,
     same_flags,
@@ -122,7 +123,7 @@ def test_a_default_may_be_infinite(argv):
 
 @pytest.mark.parametrize("kind, text", [
     (share, "-0.1"), (share, "1.1"), (share, "nan"), (share, "inf"),
-    (amount, "-0.1"), (amount, "nan"), (amount, "inf"), (whole, "-1"), (whole, "0.5"), (whole, "nan")])
+    (amount, "-0.1"), (amount, "nan"), (amount, "inf"), (whole, "-1"), (natural, "0")])
 def test_numbers_out_of_bounds(kind, text):
     with pytest.raises(argparse.ArgumentTypeError, match=f"is expected, not {text}"):
         kind(text)
