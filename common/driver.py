@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(eq=False)
 class Search:
-    """One problem's search and its account. A batch's costs are shared out by generated tokens."""
+    """One problem's search and its account."""
     root: object
     strategy: object
     options: dict
@@ -91,7 +91,10 @@ class Search:
 def run_together(searches, policy, prms=(), progress=None):
     """Advance all searches until each is done or has spent its budget. progress: a tqdm bar."""
     for prm in prms:
-        compare_separators(policy, prm)
+        theirs = separator_of(prm)
+        if theirs is not None and theirs != policy.separator:  # its steps are of another size
+            warn_once(f"warning: the policy ends a step by {policy.separator!r}, the PRM was "
+                      f"trained with {theirs!r}: --separator {theirs!r} makes them equal")
     live = [search for search in searches if search.request]
     while live:
         for whole in (False, True):  # too different in length to share a batch
@@ -111,15 +114,6 @@ def separator_of(prm):
     form = getattr(prm, "format", {"separator": ""})  # some scorers are no models
     white = form["separator"].isspace() and form["template"] != "rlhflow"
     return form["separator"] if white else None
-
-
-def compare_separators(policy, prm):
-    """Warn if the PRM was trained on steps that end otherwise than the policy's: the steps that it
-    scores would be of another size."""
-    theirs = separator_of(prm)
-    if theirs is not None and theirs != policy.separator:
-        warn_once(f"warning: the policy ends a step by {policy.separator!r}, the PRM was trained "
-                  f"with {theirs!r}: --separator {theirs!r} makes them equal")
 
 
 @cache
@@ -147,7 +141,7 @@ def answer(batch, whole, policy, prms):
     groups = iter(groups)
     answers = [list(islice(groups, len(search.request.nodes))) for search in batch]
     tokens = [search.book(groups) for search, groups in zip(batch, answers)]
-    for search, groups, new in zip(batch, answers, tokens):
+    for search, groups, new in zip(batch, answers, tokens):  # by generated tokens
         for name, amount in cost.items():
             search.cost[name] += amount * new / max(1, sum(tokens))
         search.advance(groups)
