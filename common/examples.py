@@ -123,11 +123,6 @@ def keep_states(prm, examples, max_tokens, device, autocast, multiple=1):
             for i, example in enumerate(examples)]
 
 
-def padded_tokens(lengths, multiple=1):
-    """Tokens of a micro-batch with padding, as get_batch() lays it out."""
-    return len(lengths) * -(-max(lengths) // multiple) * multiple if lengths else 0
-
-
 def label_text(tokenizer, example):
     """What is trained on, for the eye: each token's text, behind a labelled one <label>."""
     words = [repr(tokenizer.decode([token]))[1:-1] for token in example.ids.tolist()]

@@ -1,6 +1,7 @@
 """Figures of merit: AUC and calibration of step probabilities, FLOPs and memory of training, and
 95 % intervals over problems (Wilson for shares, bootstrap for the rest).
 """
+import math
 import random
 import resource
 import statistics
@@ -10,7 +11,6 @@ import torch
 from torch.distributions import Multinomial
 from torch.nn import functional as F
 
-from common.examples import padded_tokens
 from common.run import rank_and_world
 
 # ---------------------------------------------------------------- how good the probabilities are
@@ -94,9 +94,11 @@ def accounting(micros, lengths, multiple, flops, seconds, device, totals):
 
     micros: its micro-batches' row numbers; flops: (without attention, that of attention).
     """
-    rows = [[lengths[i] for i in numbers] for numbers in micros]
-    tokens, all_flops = sum(map(sum, rows)), sum(flops)
-    padded = sum(padded_tokens(row_lengths, multiple) for row_lengths in rows)
+    tokens, padded, all_flops = 0, 0, sum(flops)
+    for numbers in filter(None, micros):
+        row_lengths = [lengths[i] for i in numbers]
+        tokens += sum(row_lengths)
+        padded += len(numbers) * math.ceil(max(row_lengths) / multiple) * multiple
     totals.update(tokens=tokens, seconds=seconds, flops=flops[0], flops_with_attention=all_flops)
     peak = peak_flops(device)
     mfu = all_flops / seconds / rank_and_world()[1] / peak if peak else None
@@ -181,6 +183,8 @@ def over_runs(runs, base=None, rounds=1000):
         value, drawn = value - minus, drawn - other
     drawn = drawn.sort().values
     return value, float(drawn[int(0.025 * rounds)]), float(drawn[int(0.975 * rounds) - 1])
+
+
 def bootstrap_counts(groups, rounds=1000, seed=0):
     """(1 + rounds, N) how often each of N values occurs in each bootstrap draw; row 0 is the data.
 
@@ -240,6 +244,3 @@ def sketch(tensors, signs, D=65521):
         numbers += F.pad(signed, (start % D, -end % D)).view(-1, D).sum(0, dtype=torch.float)
         start = end
     return numbers
-
-
-# ---------------------------------------------------------------- self-correction (Figure 6)
