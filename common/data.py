@@ -60,8 +60,14 @@ def read_rows(file):
 def solutions_of(row):
     """(question, samples) of a sample row, or of a stepwise row, as one sample with steps alone."""
     if "samples" in row:
-        return row["question"], row["samples"]
-    return row["prompt"], [{"steps": row.get("completions") or [row["response"]]}]
+        question, samples = row["question"], row["samples"]
+    else:
+        question = row["prompt"]
+        samples = [{"steps": row.get("completions") or [row["response"]]}]
+    expect(isinstance(question, str), f"the question must be a text, not {question!r:.50}")
+    for sample in samples:
+        expect(texts(sample["steps"]), "the steps must be a list of texts")
+    return question, samples
 
 
 def read_solutions(file):
@@ -69,10 +75,8 @@ def read_solutions(file):
     for number, row in read_rows(file):
         with located(f"{file}:{number}: neither a sample row nor a stepwise row"):
             question, samples = solutions_of(row)
-            for sample in samples:
-                expect(isinstance(sample["steps"], list), "the steps are no list")
-                "".join([question, *sample["steps"]])  # a TypeError if these are no texts
-                yield question, sample["steps"]
+        for sample in samples:
+            yield question, sample["steps"]
 
 
 def hub_rows(name, *where, **keywords):

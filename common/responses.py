@@ -43,11 +43,8 @@ def row_responses(row, k, files, separator):
     question, samples = solutions_of(row)
     domain = row["domain"] if files == 1 else DOMAINS[k * 2 // files]
     expect(domain in DOMAINS, f"domain: math or code is expected, not {domain!r}")
-    expect(isinstance(question, str), f"the question must be a text, not {question!r:.50}")
     for i, sample in enumerate(samples):
-        # a text would be cut into its letters
-        expect(isinstance(sample["steps"], list), "a response must be a list of texts")
-        text = separator.join(sample["steps"])  # a step that is no text is a TypeError here
+        text = separator.join(sample["steps"])
         expect(text.strip(), "an empty response")
         if files == 4:  # the second and the fourth repeat some of the first and the third
             names = {SETS[k]} if k % 2 else sets_of(domain, False, sample.get("correct"))

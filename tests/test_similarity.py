@@ -228,7 +228,7 @@ def test_overlong_responses_are_cut_and_counted(lm_folder):
      "rows.jsonl:1: no field 'picked'"),
     ('{"domain": "math", "question": "q", "picked": 0, "samples": []}\n{"prompt',
      "rows.jsonl:2: not JSON"),
-    ('{"prompt": "q", "domain": "math", "completions": [1]}\n', "rows.jsonl:1: sequence item 0"),
+    ('{"prompt": "q", "domain": "math", "completions": [1]}\n', "rows.jsonl:1: the steps must"),
     ('{"prompt": "q", "domain": "law", "completions": ["a"]}\n',
      "rows.jsonl:1: domain: math or code"),
 ], ids=["nothing", "empty", "not picked", "no JSON", "no text", "no domain"])
