@@ -26,20 +26,20 @@ def auc_pairs(p, right):
     return float(ranks[right].sum()) - n1 * (n1 + 1) / 2, n1 * n0
 
 
+def f1(called, true):
+    """Harmonic mean of precision and recall; called, true (M) booleans."""
+    return 2 * int((called & true).sum()) / max(1, int(called.sum() + true.sum()))
+
+
 def wrong_class(level, p, right, threshold):
     """Figures of calling wrong what has p < threshold: p (M) float64, right (M) booleans."""
-    flagged = p < threshold
-
-    def f1(flagged, wrong):  # precision, recall, F1
-        true = int((flagged & wrong).sum())
-        both = true / max(1, int(flagged.sum())), true / max(1, int(wrong.sum()))
-        return *both, statistics.harmonic_mean(both)
-    precision, recall, of_wrong = f1(flagged, ~right)
-    u, pairs = auc_pairs(p, right)
-    figures = {"precision": precision, "recall": recall, "F1": of_wrong,
-               "macro F1": (of_wrong + f1(~flagged, right)[2]) / 2,
-               "AUC": u / pairs if pairs else None}
-    return {f"{level} {key}": value for key, value in figures.items()}
+    flagged, wrong = p < threshold, ~right
+    hits, (u, pairs) = int((flagged & wrong).sum()), auc_pairs(p, right)
+    return {f"{level} precision": hits / max(1, int(flagged.sum())),
+            f"{level} recall": hits / max(1, int(wrong.sum())),
+            f"{level} F1": f1(flagged, wrong),
+            f"{level} macro F1": (f1(flagged, wrong) + f1(~flagged, right)) / 2,
+            f"{level} AUC": u / pairs if pairs else None}
 
 
 def metrics(logits_M, labels_M, steps_M):
@@ -61,7 +61,7 @@ def metrics(logits_M, labels_M, steps_M):
             "accuracy": float((flagged == wrong).double().mean()),
             "auc": u / pairs if pairs else None,
             "auc_within": u_within / pairs_within if pairs_within else None,
-            "f1_wrong": 2 * int((wrong & flagged).sum()) / max(1, int(wrong.sum() + flagged.sum())),
+            "f1_wrong": f1(flagged, wrong),
             "brier": float(((p - y) ** 2).mean()), "ece": float(gaps.abs().sum()) / len(p),
             "steps": len(p), "right": float(right.double().mean())}
 
