@@ -124,7 +124,7 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
     expect(not repeated, f"{len(repeated)} ids occur more than once, {''.join(repeated[:1])} among "
            "them")
     rank, world = rank_and_world()
-    finished = {} if out is None else collect(Path(out), resume, rank)
+    finished = {} if out is None else collect(Path(out), resume)
     # an item with several rows is made again unless all of its rows are there
     todo = [item for item in items if not finished.keys() >= set(names(item))][rank::world]
     rows = []
@@ -138,15 +138,12 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
             progress.update(len(batch))
     finished |= {row["id"]: row for row in chain.from_iterable(gather(rows))}
     rows = [finished.pop(name) for name in ids if name in finished]
-    if out is not None and rank == 0:
-        write_rows(out, [*rows, *finished.values()])  # rows of other items stay, at the end
-        for part in beside(Path(out), ".part*"):
-            part.unlink()
-    gather("rank 0 has written before any rank goes on")
+    if out is not None:
+        merge(Path(out), [*rows, *finished.values()])  # rows of other items stay, at the end
     return rows
 
 
-def collect(out, resume, rank):
+def collect(out, resume):
     """{id: row} of what a killed run left in `out` and its part files, which become one file."""
     out.parent.mkdir(parents=True, exist_ok=True)
     files = [file for file in (out, *beside(out, ".part*")) if file.exists()]
@@ -157,12 +154,17 @@ def collect(out, resume, rank):
                 row = json.loads(line)
                 finished[row["id"]] = row
     gather("every rank has read before rank 0 writes")
-    if rank == 0 and files:
-        write_rows(out, finished.values())
-        for part in set(files) - {out}:
-            part.unlink(missing_ok=True)  # OUT.partial is gone: write_rows renamed it
-    gather("rank 0 has written before any rank appends")
+    merge(out, finished.values() if files else None)
     return finished
+
+
+def merge(out, rows):
+    """Rank 0 writes the rows (None: there are none to write) and removes the part files."""
+    if is_first() and rows is not None:
+        write_rows(out, rows)
+        for part in beside(out, ".part*"):
+            part.unlink()
+    gather("rank 0 has written before any rank goes on")
 
 
 def whole_lines(file):
@@ -185,7 +187,7 @@ def jsonl(rows):
 
 
 def write_rows(file, rows):
-    """Write a JSONL file that a kill leaves either old or new, never mixed."""
+    """Write a JSONL file that a kill leaves either old or new."""
     partial = Path(f"{file}.partial")
     partial.write_text(jsonl(rows), encoding="utf-8")
     os.replace(partial, file)
@@ -333,16 +335,12 @@ def same_flags(parser, args, **more):
     out = Path(args.out)
     file = Path(f"{out}.flags")
     flags = {name: value for name, value in vars(args).items() if name not in FREE} | more
-    with parser:
-        if args.resume and begun(out) and file.exists():
-            before = json.loads(file.read_text())
-            for name in flags:
-                if name in before and before[name] != flags[name]:  # a new flag may be missing
-                    flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
-                    parser.error(f"{out} was begun with {flag} {before[name]}, "
-                                 f"not {flags[name]}: take another --out")
-        try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            write_rows(file, [flags])  # a kill leaves no half of it
-        except OSError as error:
-            parser.error(f"--out {out} cannot be written: {error.strerror}")
+    if args.resume and begun(out) and file.exists():
+        before = json.loads(file.read_text())
+        for name in flags:
+            if name in before and before[name] != flags[name]:  # a new flag may be missing
+                flag = f"--{name.replace('_', '-')}" if hasattr(args, name) else name
+                parser.error(f"{out} was begun with {flag} {before[name]}, not {flags[name]}: "
+                             "take another --out")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(file, [flags])  # a kill leaves no half of it
