@@ -29,6 +29,7 @@ from tqdm import tqdm
 from common import early
 
 TINY = Path(__file__).resolve().parents[1] / "tiny"  # the models and rows of this repository
+PARTS = ".part[0-9]*"  # beside --out: the rows of each rank until the end
 PAUSE = 30  # seconds between lines of progress where there is no terminal
 
 
@@ -146,7 +147,7 @@ def journaled(out, items, make, names=None, chunk=100, resume=False, desc="probl
 def collect(out, resume):
     """{id: row} of what a killed run left in `out` and its part files, which become one file."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    files = [file for file in (out, *beside(out, ".part*")) if file.exists()]
+    files = [file for file in (out, *beside(out, PARTS)) if file.exists()]
     finished = {}
     for file in files if resume else ():
         for number, line in enumerate(whole_lines(file), 1):
@@ -162,7 +163,7 @@ def merge(out, rows):
     """Rank 0 writes the rows (None: there are none to write) and removes the part files."""
     if is_first() and rows is not None:
         write_rows(out, rows)
-        for part in beside(out, ".part*"):
+        for part in beside(out, PARTS):
             part.unlink()
     gather("rank 0 has written before any rank goes on")
 
@@ -179,7 +180,7 @@ def beside(out, pattern):
 
 def begun(out):
     """Files of an earlier run: `out` or, if that run was killed, OUT.part0 or OUT.votes.part0."""
-    return [f for f in (out, *beside(out, ".votes*"), *beside(out, ".part*")) if f.exists()]
+    return [f for f in (out, *beside(out, ".votes*"), *beside(out, PARTS)) if f.exists()]
 
 
 def jsonl(rows):
