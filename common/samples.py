@@ -16,7 +16,7 @@ import torch
 from common import run, tasks
 from common.data import plain, read_rows, texts
 from common.formats.converters import one_a_problem, sample_row
-from common.formats.loaders import check_tests, own_row, unpacked
+from common.formats.loaders import own_row
 from common.grading.judge import has_tests
 from common.models import is_address
 from common.policy import load_policy_flags
@@ -25,10 +25,9 @@ from common.server import identity
 
 # ---------------------------------------------------------------- anybody's
 
-def check_samples(row, scores="probabilities"):
-    """Raise a ValueError that names what the metrics need and this row has not.
-
-    scores: what those of the samples are, probabilities or logits; None: they are not read.
+def check_samples(row, scores):
+    """Raise a ValueError that names what the metrics need and this row has not. Makes the samples'
+    scores probabilities. scores: what they are, probabilities or logits; None: they are not read.
     """
     for key, kind in (("id", (str, int)), ("question", str), ("samples", list)):
         expect(isinstance(row.get(key), kind), f"no {key}")
@@ -39,37 +38,39 @@ def check_samples(row, scores="probabilities"):
     picked, n = row.get("picked"), len(row["samples"])
     expect(picked is None or isinstance(picked, int) and 0 <= picked < n,
            f"picked: {picked!r} is no index of {n} samples")
-    if row.get("tests"):
-        check_tests(unpacked(row["tests"]))  # an unknown kind, or no inputs to try
+    own_row(row, 0)  # a ValueError for tests of an unknown kind, or without inputs to try
     for sample in row["samples"]:
-        expect(isinstance(sample, dict), "a sample that is no object")
-        check_sample(sample, scores)
+        expect(isinstance(sample, dict) and texts(sample.get("steps")),
+               "a sample without steps, which are texts")
+        sample["scores"] = probabilities(sample.get("scores"), scores, len(sample["steps"]))
+        expect(sample.get("correct", False) in (True, False), "correct: true or false is expected")
+        tokens = sample.get("tokens", 0)
+        expect(isinstance(tokens, int) and tokens >= 0,
+               f"tokens: a number from 0 upwards is expected, not {tokens!r}")
+        expect(isinstance(sample.get("answer"), str | int | float | None),
+               "answer: a text is expected, or null")
         # search.py --question writes that nothing is correct, since it has no answer
         expect("correct" in sample and "strategy" not in row or can_judge(row),
                "nothing to judge by: neither correct, nor an answer, nor tests; --task TASK "
                "[--data FILE] says where they are")
 
 
-def check_sample(sample, scores):
-    """The same for one sample of a row."""
-    steps, p = sample.get("steps"), sample.get("scores") if scores else None
-    expect(texts(steps), "a sample without steps, which are texts")
-    if p is not None:
-        expect(isinstance(p, list) and all(isinstance(x, int | float | None) for x in p),
-               "scores: a list of numbers is expected, or null")
-        for x in (x for x in p if x is not None):
-            expect(math.isfinite(x), "scores: a number is not finite")  # it would have no rank
-            expect(scores == "logits" or 0 <= x <= 1,
-                   f"scores: {x} is no probability: --scores logits takes them for logits, "
-                   "p = 1 / (1 + exp(-x)); --score --prm PRM makes new ones")
-        # one: an outcome reward
-        expect(len(p) in (1, len(steps)), f"{len(p)} scores for {len(steps)} steps")
-    expect(sample.get("correct", False) in (True, False), "correct: true or false is expected")
-    tokens = sample.get("tokens", 0)
-    expect(isinstance(tokens, int) and tokens >= 0,
-           f"tokens: a number from 0 upwards is expected, not {tokens!r}")
-    expect(isinstance(sample.get("answer"), str | int | float | None),
-           "answer: a text is expected, or null")
+def probabilities(scores, kind, steps):
+    """One for each step, or one in all, an outcome reward. None: no PRM has been there."""
+    if kind is None or scores is None:
+        return None
+    expect(isinstance(scores, list) and all(isinstance(x, int | float | None) for x in scores),
+           "scores: a list of numbers is expected, or null")
+    expect(len(scores) in (1, steps), f"{len(scores)} scores for {steps} steps")
+    if None in scores:
+        return None
+    expect(all(map(math.isfinite, scores)), "scores: a number is not finite")  # it has no rank
+    if kind == "logits":
+        scores = torch.tensor(scores, dtype=torch.double).sigmoid().tolist()
+    for x in scores:
+        expect(0 <= x <= 1, f"scores: {x} is no probability: --scores logits takes them for "
+               "logits, p = 1 / (1 + exp(-x)); --score --prm PRM makes new ones")
+    return scores
 
 
 def can_judge(row):
@@ -98,15 +99,7 @@ def read_samples(args):
         row["domain"] = row.get("domain") or ("code" if row.get("tests") else "math")
         rows.append(row)
     expect(rows, f"{file}: no rows")
-    judge_rows(rows)
-    for sample in chain.from_iterable(row["samples"] for row in rows):
-        p = None if args.score else sample.get("scores")  # with --score they are made anew
-        if p and None in p:  # no PRM has been there
-            p = None
-        if p and args.scores == "logits":
-            p = torch.tensor(p, dtype=torch.double).sigmoid().tolist()
-        sample["scores"] = p
-    return rows
+    return run.journaled(None, rows, judged, desc="judged")  # each rank its share
 
 
 def converted(file):
@@ -137,22 +130,18 @@ def complete(row, known):
         s["steps"] = [f"```python\n{code}\n```"]
 
 
-def judge_rows(rows):
-    """Give each sample that has none "correct" and "answer". Each rank judges its share of rows."""
-    rank, world = run.rank_and_world()
-    share = [(own_row(row, 0), "\n\n".join(s["steps"])) for s, row in unjudged(rows[rank::world])]
-    right = [verdict.ok for verdict in tasks.judge_many(share)]
-    for other, judged in enumerate(run.gather(list(zip(right, tasks.vote_keys(share))))):
-        for (s, _), (ok, key) in zip(unjudged(rows[other::world]), judged, strict=True):
-            s["correct"], s["answer"] = s.get("correct", ok), s.get("answer", key)
-
-
-def unjudged(rows):
-    """[(sample, its row)] of the samples that lack "correct" or "answer"."""
-    pairs = []
+def judged(rows):
+    """The rows, with "correct" and "answer" of each sample that had none."""
+    unjudged, solutions = [], []
     for row in rows:
-        pairs += [(s, row) for s in row["samples"] if not {"correct", "answer"} <= s.keys()]
-    return pairs
+        new = [s for s in row["samples"] if not {"correct", "answer"} <= s.keys()]
+        problem = own_row(row, 0)
+        solutions += [(problem, "\n\n".join(s["steps"])) for s in new]
+        unjudged += new
+    keys = tasks.vote_keys(solutions)
+    for s, verdict, key in zip(unjudged, tasks.judge_many(solutions), keys, strict=True):
+        s["correct"], s["answer"] = s.get("correct", verdict.ok), s.get("answer", key)
+    return rows
 
 
 def measurable(rows, names, ns=None):
