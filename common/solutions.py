@@ -5,7 +5,6 @@ import re
 import statistics
 from collections import Counter
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 
 from common import tasks
@@ -162,9 +161,9 @@ def counts(voted):
 def counts_by(voted, key):
     """{value of key: counts of the solutions that have it}"""
     groups = {}
-    for r in sorted(voted, key=key):
-        groups.setdefault(str(key(r)), []).append(r)
-    return {name: counts(group) for name, group in groups.items()}
+    for r in voted:
+        groups.setdefault(r[key], []).append(r)
+    return {name: counts(group) for name, group in sorted(groups.items())}
 
 
 def agreement(voted, names):
@@ -181,16 +180,14 @@ def summarise(records):
     """Figures of all solutions: how many were kept, why others were dropped, who agrees."""
     voted = [r for r in records if r["votes"]]
     names = list(dict.fromkeys(itertools.chain.from_iterable(r["votes"] for r in voted)))
-    abstentions = Counter(dict.fromkeys(names, 0))
+    abstentions = Counter()
     for r in voted:
         abstentions.update(name for name in names if r["votes"].get(name) is None)
     return {"solutions": len(records), **counts(voted),
             "dropped": Counter(r["dropped"] for r in records if r["dropped"]),
             "verdicts": Counter(r["why"] for r in records),
-            "by domain": counts_by(voted, itemgetter("domain")),
-            "by source": counts_by(voted, itemgetter("source")),
-            "by steps": counts_by(voted, lambda r: len(r["completions"])),
-            "agreement": agreement(voted, names), "abstentions": abstentions,
+            "by domain": counts_by(voted, "domain"), "by source": counts_by(voted, "source"),
+            "two voters agree": agreement(voted, names), "abstentions": abstentions,
             "timeouts": sum(r["timeouts"] for r in records),
             "rollouts": sum(r["rollouts"] for r in records)}
 
@@ -215,9 +212,8 @@ def table(summary):
               f"{n['labels']:>8}{n['with an error']:>15}")
     reasons = ", ".join(f"{n} {why}" for why, n in summary["dropped"].items())
     print(f"{summary['solutions']} solutions, dropped: {reasons or 'none'}")
-    for title, figures in (("two voters agree", summary["agreement"]),
-                           ("abstentions", summary["abstentions"])):
-        if any(figures.values()):
+    for title in ("two voters agree", "abstentions"):
+        if figures := summary[title]:
             print(f"{title}: " + ", ".join(f"{name} {x:.3g}" for name, x in figures.items()))
     speed = ""
     if "seconds per label" in summary:
@@ -225,10 +221,6 @@ def table(summary):
     print(f"{summary['rollouts']:,} rollouts ({summary['timeouts']} timed out), "
           f"{summary['rollouts per solution and LLM']:.1f} a solution and LLM; this run: "
           f"{summary['tokens generated']:,} tokens generated, {summary['seconds']:.0f} s{speed}")
-
-
-FIELDS = ["id", "domain", "source", "prompt", "completions", "labels", "values", "rollouts",
-          "votes", "first_error"]  # of a row of --out
 
 
 def report(records, voters, args, seconds):
@@ -242,11 +234,11 @@ def report(records, voters, args, seconds):
                 "seconds": seconds}
     if summary["labels"] and not args.resume:  # these are of all runs
         summary["seconds per label"] = seconds / summary["labels"]
-    for record in [r for r in kept if r["first_error"] >= 0][:1]:  # one to look at
-        show(record)
+    if erroneous := [r for r in kept if r["first_error"] >= 0]:
+        show(erroneous[0])  # one to look at
     table(summary)
     if args.out:
-        write_rows(args.out, [dict(zip(FIELDS, itemgetter(*FIELDS)(r))) for r in kept])
+        write_rows(args.out, kept)
         print(f"written: {args.out}, {len(kept)} labelled solutions; {args.out}.votes, all votes")
     else:
         print("nothing is written: pass --out FILE to keep the labels")
