@@ -44,17 +44,12 @@ class Solution:
         return means or [None] * len(self.steps)
 
     def record(self):
-        """A line of OUT.votes."""
-        record = {"id": self.id, "domain": self.problem.domain, "source": self.source,
-                  "prompt": self.problem.question, "completions": self.steps,
-                  "correct": self.ends_right, "why": self.why, "votes": self.votes,
-                  "values": self.values(), "rollouts": self.rollouts,
-                  "timeouts": self.timeouts, "dropped": self.dropped}
-        if self.votes:
-            record["first_error"] = self.first_error
-        if self.labels:
-            record["labels"] = self.labels
-        return record
+        """A line of OUT.votes, and of OUT if it is kept."""
+        return {"id": self.id, "domain": self.problem.domain, "source": self.source,
+                "prompt": self.problem.question, "completions": self.steps, "labels": self.labels,
+                "correct": self.ends_right, "why": self.why, "votes": self.votes,
+                "first_error": self.first_error, "values": self.values(),
+                "rollouts": self.rollouts, "timeouts": self.timeouts, "dropped": self.dropped}
 
 
 def hard_labels(place, T):
