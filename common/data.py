@@ -24,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from common.formats.converters import STEP_LABELS
-from common.run import expect, located
+from common.run import expect, is_first, located
 
 
 def read_rows(file):
@@ -212,7 +212,8 @@ def load_data(names, neutral, samples, seed):
     (§3.1, Table 3)."""
     data = []
     for name in names:
-        rows = [*tqdm(read_set(name, neutral), f"read {name}", disable=None, leave=False)]
+        rows = [*tqdm(read_set(name, neutral), f"read {name}", leave=False,
+                      disable=not is_first() or None)]
         expect(rows, f"{name}: no rows")
         # seeded by the file's name: no other set, and no folder, changes which rows are drawn
         random.Random(f"{seed} {Path(name).name}").shuffle(rows)

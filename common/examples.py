@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 from common.cache import batches
-from common.run import bar, gather, rank_and_world
+from common.run import bar, gather, is_first, rank_and_world
 
 # One encoded solution. ids: its tokens. Of each labelled step: the position of its separator's last
 # token, the label y in [0, 1], its place t among the steps. where: file:line, for messages.
@@ -27,7 +27,7 @@ def encode_rows(prm, rows, max_length, mask_after_first_error=False):
     label (all beyond max_length tokens, or none known) are dropped: their mean loss would be NaN.
     """
     examples = []
-    for where, row in tqdm(rows, "encode", disable=None, leave=False):
+    for where, row in tqdm(rows, "encode", disable=not is_first() or None, leave=False):
         ids, positions = prm.encode(row["prompt"], row["completions"])
         labelled = []
         for t, (position, y) in enumerate(zip(positions, row["labels"])):

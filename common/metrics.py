@@ -191,14 +191,15 @@ def bootstrap_counts(groups, rounds=1000, seed=0):
     groups (N): (stratum, group) of each value. Within a stratum, as many groups as it has are drawn
     with replacement: the values of a group stay together. Groups are problems, strata domains.
     """
-    torch.manual_seed(seed)  # Multinomial takes no generator
     counts = torch.ones(1 + rounds, len(groups), dtype=torch.double)
-    for stratum in dict.fromkeys(stratum for stratum, _ in groups):
-        index = [i for i, (s, _) in enumerate(groups) if s == stratum]
-        distinct = dict.fromkeys(groups[i] for i in index)
-        column = {group: n for n, group in enumerate(distinct)}
-        draws = Multinomial(len(column), torch.ones(len(column))).sample((rounds,)).double()
-        counts[1:, index] = draws[:, [column[groups[i]] for i in index]]
+    with torch.random.fork_rng(devices=[]):  # Multinomial takes no generator
+        torch.manual_seed(seed)
+        for stratum in dict.fromkeys(stratum for stratum, _ in groups):
+            index = [i for i, (s, _) in enumerate(groups) if s == stratum]
+            distinct = dict.fromkeys(groups[i] for i in index)
+            column = {group: n for n, group in enumerate(distinct)}
+            draws = Multinomial(len(column), torch.ones(len(column))).sample((rounds,)).double()
+            counts[1:, index] = draws[:, [column[groups[i]] for i in index]]
     return counts
 
 

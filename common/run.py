@@ -225,9 +225,9 @@ class CommandLine(argparse.ArgumentParser):
 
     args = None
 
-    def parse_args(self, *words):
-        self.args = super().parse_args(*words)
-        return self.args
+    def parse_known_args(self, *words):  # parse_args() calls it
+        self.args, rest = super().parse_known_args(*words)
+        return self.args, rest
 
     def error(self, message, code=2):
         print(f"{self.prog}: error: {message}", file=sys.stderr)

@@ -287,3 +287,10 @@ def test_bad_flags_are_one_line(flags, message, tmp_path, capsys):
     [line] = [x for x in capsys.readouterr().err.splitlines() if "error" in x]
     assert stop.value.code == 2
     assert message in line
+
+
+def test_ctrl_c_can_say_how_to_resume():
+    """Two parsers read the flags; the one that reports has all of them."""
+    parser, args = evaluate.parse(["--k", "3"])
+    assert parser.args is args
+    assert (parser.args.out, parser.args.k) == ("runs/evaluate", 3)
