@@ -27,6 +27,8 @@ from common.policy import FINAL, Policy, chat_prompt, step_end
 from common.run import expect
 from common.thinking import END, split_thought
 
+NO_CARDS = (AttributeError, KeyError, TypeError)  # of a reply that is no list of models
+
 
 def connect(url, retries=5):
     """The openai client of a server: it retries after growing pauses."""
@@ -60,8 +62,8 @@ def find_model(address, client, url):
     try:
         cards = listed(client, url)
     except ValueError as error:
-        status = getattr(error.__cause__, "status_code", None)
-        no_list = status in (404, 405) or "sent no list" in str(error)
+        cause = error.__cause__
+        no_list = isinstance(cause, NO_CARDS) or getattr(cause, "status_code", 0) in (404, 405)
         if not name or not no_list:
             raise
         cards = {}  # the name has to do
@@ -79,7 +81,7 @@ def listed(client, url):
     reply = answered(client, lambda: client.get("/models", cast_to=object))
     try:
         return {card["id"]: card.get("root") or card["id"] for card in reply["data"]}
-    except (AttributeError, KeyError, TypeError) as error:
+    except NO_CARDS as error:
         raise ValueError(f"{url}/models sent no list of models: {str(reply)[:200]!r}") from error
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from common import tasks
 from common.formats import loaders
-from common.grading import judge, sandbox
+from common.grading import answers, judge, sandbox
 from common.grading.answers import equivalent_many, extract_answer
 from common.tasks import Problem, judge_many, load, vote_keys
 
@@ -88,6 +88,14 @@ def test_an_answer_that_hangs_is_unequal_and_the_rest_goes_on(monkeypatch):
     monkeypatch.setattr(judge, "slowness", lambda: 0.2)  # a limit of one CPU second
     pairs = [(r"\frac12", "0.5"), ("7", "9^{9^{9^{9^{9}}}}!"), (r"\frac13", r"\frac{2}{6}")]
     assert equivalent_many(pairs) == [True, False, True]
+
+
+def test_a_worker_that_was_killed_meanwhile_makes_no_answer_unequal():
+    assert equivalent_many([(r"\frac12", "0.5")]) == [True]
+    for worker in answers._idle:
+        worker.kill()
+        worker.wait()
+    assert equivalent_many([(r"\frac13", r"\frac{2}{6}"), (r"\frac15", "0.2")]) == [True, True]
 
 
 def test_equivalence_works_in_a_thread():

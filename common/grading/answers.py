@@ -117,6 +117,8 @@ def verify(gold, pred):
     """Compare in a worker. What hangs or kills it is unequal."""
     try:
         worker = _idle.pop()
+        while worker.poll() is not None:  # killed meanwhile, by a system without memory say
+            worker = _idle.pop()
     except IndexError:
         serve_it = [sys.executable, "-c", "from common.grading.answers import serve; serve()"]
         worker = subprocess.Popen(serve_it, cwd=Path(__file__).parents[2], text=True,

@@ -126,9 +126,9 @@ def sandbox():
     else:
         raise RuntimeError("the judge cannot run Python: " + "; ".join(failures))
     if mode != "namespaces":
-        warnings.warn("the code judge runs without namespaces: programs see your files, and may "
-                      f"not start processes. Install bubblewrap ({'; '.join(failures)[:600]})",
-                      stacklevel=2)
+        more = " and may not start processes" if mode == "guard" else ""
+        warnings.warn(f"the code judge runs without namespaces: programs see your files{more}. "
+                      f"Install bubblewrap ({'; '.join(failures)[:600]})", stacklevel=2)
     return prefix, mode
 
 
