@@ -24,7 +24,7 @@ makes every kind of mistake and corrects each at once ("Wait, ..."), and so a mo
 must learn to check (compare Ye et al., Physics of Language Models 2.2, arXiv 2408.16293).
 
     problems(domain, split, n)   dicts {"id", "question", "domain", "answer" | "tests", "meta"},
-                                 never in two splits
+                                 those of train are in no other split
     write(problem, author, rng)  one solution as a list of steps
     grade(problem, steps)        the truth of every step
 """
@@ -89,8 +89,8 @@ AUTHORS = {
 def problems(domain, split="test", n=None, seed=0, steps=None, strict=True):
     """Yield n problems (without n: no end). steps: (fewest, most) operations.
 
-    Problem i depends on (domain, split, seed, steps, i) alone. A hash of the operations decides the
-    split, so no two splits can share a problem whatever their seeds. strict: only functions each of
+    Problem i depends on (domain, split, seed, steps, i) alone. A hash of the operations decides who
+    may have it, train or the others, whatever their seeds. strict: only functions each of
     whose steps matters, so that the tests notice every mistake; without it one wrong step in five
     is harmless, as when a list is sorted, then summed.
     """
