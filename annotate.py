@@ -229,7 +229,7 @@ def annotate(solutions, voters, judge=None, k=8, labels="hard", how="all", vote_
         place = s.first_error = consensus(list(s.votes.values()), how)
         if place is None:
             s.dropped = "no consensus"
-        else:  # hard: wrong stays wrong; soft: the voters' mean c / k, where they agree on a place
+        else:  # hard: wrong stays wrong; soft: the mean c / k of all voters
             s.labels = s.values() if labels == "soft" else hard_labels(place, len(s.steps))
 
 

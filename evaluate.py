@@ -10,7 +10,7 @@
 Models, problems and the settings of the searches are flags of search.py (python search.py --help).
 Intervals are 95 % over problems; differences are paired over problems. Rows are made once: --out
 is a folder of files named by what they hold (best_of_n-16-tiny-A-tiny-prm.jsonl), each with its
-settings beside it (.flags). Rows of other settings are refused; --overwrite makes them again.
+settings beside it (.flags). Rows of other settings are refused, of older code not: --overwrite.
 --json: {"settings", "metrics": {domain: {name: {N: {"value", "low", "high"}}, "paired": [...]}},
 "beam", "mcts": {domain: ...}, "cost": {strategy: ...}}, or {"settings", "first_error": {set: ...}}.
 """
@@ -196,9 +196,9 @@ def right_within(tokens, rows, rule, how):
 
 
 def run_searches(bench, args, pool):
-    """Beam search and MCTS beside best-of-N at the same tokens, and what each costs a problem."""
+    """Beam, MCTS or yours beside best-of-N at the same tokens, and what each costs a problem."""
     out, searches, prm = {}, {"best_of_n": pool}, args.prm[0]
-    for strategy in [x for x in args.strategies if x in ("beam", "mcts")]:
+    for strategy in [x for x in args.strategies if x not in ("best_of_n", "majority")]:
         searches[strategy] = bench.run(strategy, args.policy, prm)
         # problem by problem: best-of-N gets as many samples as this search's tokens buy
         rivals = search.by_domain(bench.same_tokens(pool, args.policy, prm, searches[strategy]))
@@ -233,7 +233,7 @@ def parse(argv, doc=__doc__):
     a("--threshold", type=share, dest="wrong_below",  # search.py has a threshold of its own
       help="of --first-error, for all solutions: 0.5 is the published one")
     a("--strategies", nargs="+", choices=search.STRATEGIES, default=["best_of_n", "majority"],
-      help="beam and mcts are run; the others come from the same samples")
+      help="best_of_n and majority come from the same samples; the others are run")
     add_run_flags(parser)
     args, rest = parser.parse_known_args(argv)
     others = command_line(doc)  # the rest says how to sample and to search, as for search.py

@@ -10,17 +10,15 @@ many now?"
         --prm Qwen/Qwen2.5-Math-PRM-7B
     torchrun --nproc_per_node=8 search.py --strategy beam --task gsm8k --limit 1319 --policy ...
 
-A strategy is a generator for one problem. It yields a Request, "sample n next steps below these
-nodes" (or whole solutions), and is sent the new nodes; each brings node.p = p_t, the PRM's
-probability that its step is correct, and node.end: None if it goes on, "length" if it is cut off.
-common/driver.py batches many problems, and gives N (MCTS's visits) and left() (unspent tokens). It
-keeps the nodes that end; solve() makes them the samples of a row, and choose() picks one of these.
+A strategy is a generator for one problem; common/driver.py batches many. It yields a Request,
+"sample n next steps below these nodes" (or whole solutions), and is sent the new nodes; each brings
+node.p = p_t, the PRM's probability that its step is correct, and node.end: None if it goes on,
+"length" if it is cut off, else "eos" or "answer". Its arguments are the flags by name (n for the
+paper's N, k, m, c ...), reward(node) = R_i, path_score(node) = sum of p_t, N = visits and left() =
+unspent tokens. It only samples: choose() picks from *all* nodes that have ended, rollouts, too.
 
 A node of the tree is one step, and stands for the action that leads to it: a state s is the path
 from the root to a node, an action a is a child, so N[child] is N(s, a) and Q[child] is Q(s, a).
-
-Symbols: N solutions (here n); K paths kept; M steps sampled below a path; R_i reward of solution i,
-made of its p_t by --aggregate; A_i its answer; N(s), N(s, a), Q(s, a) in MCTS only.
 """
 import common.early  # noqa: F401  answers --help before what is slow to import
 import math
@@ -100,7 +98,7 @@ def uct_select(s, children, N, Q, c):  # README, step 6
 
 
 def mcts(root, m, simulations, c, reward, N, **_):  # README, step 6
-    """B.4.3: Monte Carlo tree search. N, an empty Counter, is left with the visits."""
+    """B.4.3: Monte Carlo tree search. N: an empty Counter of visits, which the driver keeps."""
     Q = defaultdict(float)
     children = {}
     for _ in range(simulations):
@@ -160,7 +158,7 @@ def beam_extended(root, k, m, path_score, threshold=PRUNE, **_):
         groups = yield Request(live, breadth)
         candidates = finished + list(chain.from_iterable(map(merge, groups)))
         paths = sorted(prune(candidates, threshold), key=path_score, reverse=True)[:k]
-        for node in set(chain.from_iterable(groups)).difference(paths):  # K * M - K are dropped
+        for node in set(chain.from_iterable(groups)).difference(paths):
             node.forget()  # a dropped path's keys and values are most of the tree's memory
 
 
@@ -202,7 +200,8 @@ def samples_in_rounds(root, left, n, until, **_):
 
 
 STRATEGIES = {**TEXTBOOK, "beam": beam_extended, "mcts": mcts_extended}
-RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # B.4.3 names none
+# the defaults of --choose; B.4.3 names no rule for MCTS
+RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")
 
 
 # ------------------------------------------------------------ from problems to sample rows
@@ -210,8 +209,10 @@ RULES = defaultdict(lambda: "argmax", majority="vote", mcts="weighted")  # B.4.3
 def solve(problems, strategy, policy, prms, args, budgets=None):
     """Search all problems -> (searches, sample rows). budgets: generated tokens for each problem
     (default: args.tokens for all). Batches hold all problems; a row depends on its own alone."""
-    def reward(node, how=args.aggregate):  # R_i of a node; rewards() below has that of a row
+    def reward(node, how=args.aggregate):  # R_i of a solution in the tree; of a row's: rewards()
         return aggregate([step.p for step in node.path() if step.text and step.p is not None], how)
+    run.expect(args.aggregate != "sum" or strategy != "mcts" and args.until == math.inf,
+               "--aggregate sum is not in [0, 1], which UCT and --until need")
     options = vars(args) | {"reward": reward, "path_score": partial(reward, how="sum")}
     if budgets:
         options |= {"n": math.inf, "until": math.inf}  # as many samples as the budget buys
@@ -295,8 +296,6 @@ def parse(argv):
     run.add_run_flags(parser, limit=50, summary=False)
     args = parser.parse_args(argv)
     run.check_run_flags(parser, args, "n", "k", "m", "simulations", "tokens", "concurrent")
-    if args.strategy in ("mcts", "auto") and args.aggregate == "sum":
-        parser.error("--aggregate sum is not in [0, 1], which UCT needs")
     if args.choose == "visited" and args.strategy != "mcts":
         parser.error("--choose visited is for --strategy mcts, which counts visits")
     if args.question is not None and not args.question.strip():

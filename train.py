@@ -56,14 +56,15 @@ FREE = ("out", "resume", "overwrite", "device", "accumulate")
 
 
 def prm_loss(logits_M, labels_M):  # README, step 5
-    """Step-level binary cross-entropy, Eq. 2 before its division by N -> (sum over M steps, M).
+    """Step-level binary cross-entropy, Eq. 2 before its division by N -> the sum over M steps.
 
         L = -1/N sum_i [ y_i log p_i + (1 - y_i) log(1 - p_i) ],   p_i = sigmoid(logit_i)
 
     Not a mean: N counts the labelled steps of all micro-batches of all ranks, which hold different
-    M. The loop divides, once, where it calls backward().
+    M. The loop divides, once, where it calls backward(), and has rows_M: the solution of each step.
+    The validation loss, by which the best PRM is kept, is Eq. 2 as well (common/metrics.py).
     """
-    return F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="sum"), len(labels_M)
+    return F.binary_cross_entropy_with_logits(logits_M, labels_M, reduction="sum")
 
 
 def schedule(step, steps):
@@ -123,7 +124,7 @@ def train(args, stop):
         write_log(out, kind, step, figures, f" of {len(plans)}", more)
 
     if args.resume and any(row["kind"] == "end" for row in read_log(out)):
-        print(f"{out}: this run has ended already")
+        print(f"{out}: this run has ended already; other flags need another --out")
         return finish(out)
 
     # -------- data: all rows of all sets, split by problem
@@ -217,7 +218,7 @@ def train(args, stop):
             model.require_backward_grad_sync = j + world >= len(micros)
             with autocast():
                 logits_M = model(ids_BT, rows_M, positions_M)
-            micro_sum, _ = prm_loss(logits_M, labels_M)
+            micro_sum = prm_loss(logits_M, labels_M)
             # Eq. 2's division by N. The exchange averages gradients over ranks: times world, a sum
             (micro_sum * (world / N)).backward()
             loss_sum += micro_sum.detach()

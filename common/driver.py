@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import chain, islice
 
-from common.run import is_first
+from common.run import expect, is_first
 
 
 @dataclass
@@ -151,7 +151,9 @@ def score_steps(prms, leaves):
     """Set node.p of all new steps above `leaves`; of several PRMs (§4.2) the mean."""
     for prm in prms:
         for node, p in prm.score_nodes(leaves).items():
-            node.scores.append(p)
+            expect(0 <= p <= 1, f"a step's score is {p:g}, no probability in [0, 1]")
+            if node.p is None:
+                node.scores.append(p)
     for leaf in leaves:
         for node in leaf.path():
             if node.p is None and node.scores:

@@ -197,8 +197,8 @@ def load_head(head, path, source):
         raise ValueError(f"{path}/{source}: not a whole safetensors file ({error})") from error
     except RuntimeError as error:  # a line for each weight; the first one says enough
         why = str(error).strip().splitlines()[1].strip()
-        raise ValueError(f"{path}: the head is of another model than the backbone ({why})") \
-            from error
+        raise ValueError(f"{path}: the head is of another model than the backbone, or prm_model.py "
+                         f"has another head since ({why})") from error
 
 
 def dtype_of(name, device):

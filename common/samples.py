@@ -7,6 +7,7 @@ import argparse
 import hashlib
 import math
 import re
+import sys
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -227,12 +228,14 @@ class Bench:
 
     load_prm and solve are given: prm_model.py and search.py stand above common/ and import it.
     """
-    # the flags that all rows depend on, and those that a strategy's rows depend on
+    # the flags that all rows depend on, and those that a strategy's rows depend on; one of your own
+    # depends on OTHERS, to which a flag of its own belongs, too
     SAMPLING = ("temperature", "top_p", "max_solution_tokens", "separator",
                 "thinking", "dtype", "seed")
     SEARCHES = {"best_of_n": ("n", "tokens", "until"),
                 "beam": ("k", "m", "textbook", "until"),
                 "mcts": ("m", "simulations", "c", "textbook", "tokens", "until", "aggregate")}
+    OTHERS = ("n", "k", "m", "simulations", "c", "textbook", "tokens", "until", "aggregate")
 
     def __init__(self, parser, args, load_prm, solve):
         self.parser, self.args, self.solve, self.made = parser, args, solve, set()
@@ -253,6 +256,9 @@ class Bench:
         args, file = self.args, Path(self.args.out) / f"{name}.jsonl"
         # with --overwrite a run makes each file once more, then shares it
         resume = not args.overwrite or file in self.made
+        if resume and file.exists() and file not in self.made and self.rank == 0:
+            print(f"{file} has rows already. After an edit of the code: --overwrite",
+                  file=sys.stderr)
         self.made.add(file)
         settings = {**{flag: getattr(args, flag) for flag in self.SAMPLING}, **settings,
                     "data": args.data and written(args.data)}
@@ -267,10 +273,13 @@ class Bench:
         args = argparse.Namespace(**{**vars(self.args), **options})
         prms = [prm] if prm else []
         # whoever reads the rows chooses: their "picked" is no setting
-        settings = {name: vars(args).get(name) for name in self.SEARCHES[strategy]}
+        flags = self.SEARCHES.get(strategy, self.OTHERS)
+        settings = {name: vars(args).get(name) for name in flags}
+        if settings["until"] < math.inf:  # which R_i ends the search
+            settings["aggregate"] = args.aggregate
         settings |= {"policy": written(policy), "prm": [written(p) for p in prms]}
-        problems, size = self.problems, {"best_of_n": args.n, "beam": f"{args.k}x{args.m}",
-                                         "mcts": args.simulations}[strategy]
+        sizes = {"best_of_n": args.n, "mcts": args.simulations}
+        problems, size = self.problems, sizes.get(strategy, f"{args.k}x{args.m}")
         if "tokens" in settings and args.tokens < math.inf:
             size = f"{args.tokens}-tokens"
         if budgets is not None:

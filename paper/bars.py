@@ -147,7 +147,7 @@ def main(argv=None):
     with parser:
         bench, models = Bench(parser, args, load, search.solve), (args.policy, args.prm[0])
         pool, searches, plain = bench.run("best_of_n", *models), {}, {}
-        for strategy in [x for x in args.strategies if x in ("beam", "mcts")]:
+        for strategy in [x for x in args.strategies if x not in ("best_of_n", "majority")]:
             searches[strategy] = bench.run(strategy, *models)
             budgets = {row["id"]: max(1, row["cost"]["policy_generated"])
                        for row in searches[strategy]}

@@ -11,7 +11,7 @@ from common import tasks
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.S)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README + (ROOT / "docs" / "models.md").read_text(), re.S)
 TESTS = "".join(f.read_text() for f in (ROOT / "tests").glob("test_*.py"))
 
 
@@ -26,21 +26,22 @@ def folder(tmp_path, monkeypatch):
         for name in ("dvts", "pens"):
             monkeypatch.setitem(table, name, None)
             monkeypatch.delitem(table, name)
+    monkeypatch.setattr(search, "load_prm", search.load_prm)
     return tmp_path
 
 
-def test_there_are_three_snippets():
-    assert len(SNIPPETS) == 3
+def test_there_are_four_snippets():
+    assert len(SNIPPETS) == 4
 
 
-@pytest.mark.parametrize("number, want", [(0, r"  dvts +(0\.[5-9]|1\.0)"), (1, r"-> right")])
+@pytest.mark.parametrize("number, want", [(0, r"  dvts +(0\.[5-9]|1\.0)"), (1, r"-> right"), (2, r"  beam search 4x4 +0")])
 def test_a_snippet_stands_alone_and_succeeds(number, want, folder, capsys):
     exec(SNIPPETS[number], {})
     assert re.search(want, capsys.readouterr().out)
 
 
 def test_the_backbone_snippet_leaves_a_prm(folder):
-    exec(SNIPPETS[2], {})
+    exec(SNIPPETS[3], {})
     assert (folder / "runs" / "llama" / "prm_head.safetensors").exists()
 
 

@@ -357,7 +357,7 @@ def test_a_killed_run_goes_on_to_the_same_output(one_process, tmp_path, capsys):
     (["--question", " "], "--question is empty"), (["--prm", "/nowhere"], "/nowhere: no such folder"),
     (["--policy", "/nowhere"], "pass the path of a local"), (["--data", "/nowhere.jsonl"], "/nowhere.jsonl"),
     (["--choose", "visited"], "for --strategy mcts"), (["--strategy", "auto"], "needs --tokens"),
-    (["--strategy", "auto", "--tokens", "9", "--prm", "tiny/xs"], "tiny/xs/router.json: no such file"), (["--strategy", "mcts", "--aggregate", "sum"], "UCT needs")])
+    (["--strategy", "auto", "--tokens", "9", "--prm", "tiny/xs"], "tiny/xs/router.json: no such file"), (["--strategy", "mcts", "--aggregate", "sum"], "which UCT and --until need")])
 def test_bad_input_is_one_clear_line(flags, words, capsys):
     with pytest.raises(SystemExit):
         search.main(["--strategy", "beam", "--task", "gsm8k" if "--data" in flags else "tiny-math", *flags])

@@ -213,6 +213,8 @@ def export(prm, folder):
     config = copy.deepcopy(prm.backbone.config)
     expect(config.model_type == "qwen2", "--export: vLLM has no class for a PRM of type "
            f"{config.model_type}, only for one of type qwen2")
+    expect([*map(type, prm.head)] == [nn.Linear, nn.ReLU, nn.Dropout, nn.Linear],
+           "--export: that class has the head Linear-ReLU-Linear, this PRM another one")
     config.prm, config.num_labels = prm.format, 2
     with torch.device("meta"):  # made without weights: they are put in place below
         whole = Qwen2ForProcessRewardModel(config)
