@@ -45,7 +45,7 @@ def test_values_cross_the_pipe(value):
 @pytest.mark.parametrize("out, expected, want", [
     (0.1 + 0.2, 0.3, True), (0.31, 0.3, False), ([1, 2], (1, 2), False), ({"a": 1.0}, {"a": 1.0 + 1e-9}, True),
     (float("nan"), float("nan"), True), (True, 1.0, True), (3, 3.0, True), ("1", 1, False),
-    ([[1.0]], [[1.0, 2.0]], False), (10**400, 2.5, False), ([1.1000000000000002e300] * 450, [1.1e300] * 450, True)],
+    ([[1.0]], [[1.0, 2.0]], False), (10**400, 2.5, False), (1e20, 10**20, True), (float(2**60), 2**60 + 1, False), ([1.1000000000000002e300] * 450, [1.1e300] * 450, True)],
     ids=lambda v: str(v)[:30])
 def test_same(out, expected, want):
     assert judge.same(encode(out), encode(expected)) is want
@@ -272,8 +272,18 @@ CHEATS = {
                           "unittest.defaultTestLoader.getTestCaseNames = lambda *a: []\ndef f(x): return 0",
     "the loader's class": "import unittest\nunittest.TestLoader.testMethodPrefix = 'none'\ndef f(x): return 0",
     "unittest.case": "import unittest.case\nunittest.case._Outcome = None\ndef f(x): return 0",
+    "another type's ==": "class E(int): __eq__ = int.__ge__\ndef f(x): return E(9)",
+    "a dataclass and exec": "from dataclasses import dataclass\n@dataclass\nclass E:\n    a: int\nspace = {}\n"
+                            "exec('def g(s, o): return True', space)\nE.__eq__ = space['g']\ndef f(x): return E(0)",
     "while testing": "def f(x):\n    import builtins\n    builtins.AssertionError = SystemExit\n    return 0",
 }
+
+
+def test_a_module_that_the_tests_import_is_as_it_was():
+    test = "import json\ndef check(f):\n    assert json.loads('2') == f(1)\n"
+    code = "import json\njson.loads = lambda text: 0\ndef f(x): return 0"
+    assert verdict(code, "assert", test=test) != "ok"
+    assert verdict("import json\n" + GOOD, "assert", test=test) == "ok"
 
 
 @pytest.mark.parametrize("kind", ["assert", "unittest"])
@@ -411,6 +421,11 @@ RIGHT = {
     "a thread that is not joined": "import threading, time\n"
                                    "threading.Thread(target=time.sleep, args=(99,)).start()\n" + GOOD,
     "a byte order mark": "\ufeff" + GOOD,
+    "shared memory": "from multiprocessing.shared_memory import SharedMemory\nm = SharedMemory(create=True, size=9)\n"
+                     "m.close()\nm.unlink()\n" + GOOD,
+    "a server of its own": "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+                           "socket.create_connection(s.getsockname()).close()\n" + GOOD,
+    "a Fraction that is a number": "from fractions import Fraction\ndef f(x): return Fraction(2 * x + 2, 2)",
 }
 
 
@@ -545,6 +560,7 @@ GRADED = {  # name: (program, kind, tests, verdict)
     "heappush": ("def f(a):\n    h = []\n    heappush(h, a + 1)\n    return heapq.heappop(h)", "call", CONTEST, "ok"),
     "bisect_left": ("def f(a): return bisect_left([0, 1, 2, 3], a) + 1", "call", CONTEST, "ok"),
     "deepcopy, randint": ("def f(a): return deepcopy([a])[0] + randint(1, 1)", "call", CONTEST, "ok"),
+    "sys's names": ("setrecursionlimit(maxsize // 2 ** 40)\ndef f(a): return a + 1", "call", CONTEST, "ok"),
     "imports on stdin": ("def g(a: List[int]) -> int: return gcd(a[0], 0)\nprint(g([int(input())]) + 1)", "stdin",
                          CONTEST, "ok"),
     "no prelude elsewhere": ("def f(a): return gcd(a, 0) + 1", "call", {}, "exception: NameError"),
@@ -612,6 +628,9 @@ BLOCKS = {
     "untagged, sample output": ("```\nprint(1)\n```\nOutput:\n```\n1 2\n```", "print(1)"),
     "untagged, an output that parses": ("```\nprint(1)\n```\nOutput:\n```\n1\n```", "print(1)"),
     "the last tagged": ("```python\nprint(1)\n```\n```python\nprint(2)\n```", "print(2)"),
+    "in a quotation": ("> So:\n> ```python\n> def f(x):\n>     return 1\n> ```", "def f(x):\n    return 1"),
+    "another language after it": ("```python\nx = 1\n```\n```java\nint x = 2;\n```", "x = 1"),
+    "thought before it": ("<think>```python\nx = 2\n```</think>\n```python\nx = 1\n```", "x = 1"),
     "Windows line ends": ("```python\r\nx = 1\r\n```\r\n", "x = 1"),
     "no fence": ("x = 1", "x = 1"),
 }

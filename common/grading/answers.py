@@ -17,15 +17,26 @@ from common.grading import judge
 from common.grading.notation import normalise, prepared
 
 # "answer is", "answer:", with Markdown's marks; a heading "# Answer"; a line "A:"
-STATED = re.compile(r"(?im)(?<![a-z])answer(?: to [^\n.:]{1,80})?[ \t*_`]*(?:is\b[ \t*_`]*:?|[:=])"
-                    r"|^(?:#{1,6}[ \t]*|[*_]{2})(?:the[ \t])?(?:final[ \t])?answer[ \t*_]*$|^A:")
+STATED = re.compile(r"(?im)(?<![a-z])answer(?: to [^\n.:]{1,80})?[ \t*_`]*"
+                    r"(?:(?:is|(?:must|should|would|will) be|comes out to|turns out to be|equals)"
+                    r"\b[ \t*_`]*:?|[:=])(?:[ \t*]*(?:therefore|thus|then|indeed|simply|clearly|"
+                    r"exactly|just|equal to|given by)\b)?"
+                    r"|^(?:#{1,6}[ \t]*[*_]{0,2}|[*_]{2})(?:the[ \t])?(?:final[ \t])?answer"
+                    r"[ \t*_#]*$"
+                    r"|^\*\*(?:final[ \t])?answer\*\*(?=[ \t])|^A:")
 GSM8K = re.compile(r"(?m)^.*?####[ \t]*([^\n]*)")
 # a number, not followed by a heading's ". Multiply" or ") Multiply"
-VALUE = re.compile(r"[*_`]*-?[\\$€£]*\d[\d.,]*(?!\S*[.):]\s+[A-Za-z])(?<![.)])|[*_`]*\S*\Z")
+VALUE = re.compile(r"[*_`]*-?[\\$€£]*\d[\d.,]*(?!\S*[.):]\s+[A-Za-z])(?<![.)])"
+                   r"|[*_`]*(?![A-Z]?[a-z]{3,}[*_`]*\Z)\S*\Z")  # nor a heading's one word
 # "42, since ..." and what else may follow an answer without a full stop
 CLAUSE = re.compile(r"(?i)[\s,;:(–—-]{1,3}(?:since|because|as|so|which|given|where|thus|hence|due|"
-                    r"when|meaning|this|i\.e\.|that is|and (?:we|so|the|this|it|thus|hence))\b")
-QUESTION = re.compile(r"\n\s{0,9}(?:Question|Problem|Q)\s?:")
+                    r"when|meaning|this|i\.e\.|that is|and (?:we|so|the|this|it|thus|hence|I))\b"
+                    # after a value any clause: "42, found by ...", "42 (see above)", "$42$ by ..."
+                    r"|(?<=[\d$})\]%])(?:[ \t]*[,;:(–—]|[ \t]-|(?=[ \t]*(?:by the|by [a-z]{4}|"
+                    r"for [a-z]|if)\b))[ \t]{0,3}(?!and\b|or\b)(?:[a-z]{2,}\b|I\b)")
+QUESTION = re.compile(r"\n\s{0,9}[*#_ ]{0,9}(?:(?:Question|Problem|Q|Human|User)(?: \d{1,3})?\s?"
+                      r"[*_]{0,2}:|Instruction)")
+THOUGHT = re.compile(r"(?i)<(/?)think(?:ing)?>")
 
 
 def extract_answer(text):
@@ -36,25 +47,35 @@ def extract_answer(text):
     "the last number" would reward solutions that never committed to an answer. Neither does what
     is thought (<think>...</think>), nor what comes after a question that the model asks itself.
     """
-    _, _, final = text.rpartition("</think>")
-    if "<think>" in final:  # cut off while it was thinking
-        return None
+    final = without_thoughts(text)
     first = QUESTION.split(final.strip(), maxsplit=1)[0]
     answer = final_box(first) or stated(first)
     return answer if answer or first == final.strip() else final_box(final) or stated(final)
+
+
+def without_thoughts(text):
+    """What comes after the last thought, or before one that is not closed."""
+    tags = list(THOUGHT.finditer(text))
+    end = max((tag.end() for tag in tags if tag[1]), default=0)
+    cut = next((tag.start() for tag in tags if tag.start() >= end), len(text))
+    return text[end:cut]
 
 
 def final_box(text):
     """What is in the last \\boxed{...} that is closed, in one pass over the text."""
     last, opened = None, []  # braces nest, so a regular expression will not do
     boxes = {match.end() - 1 for match in re.finditer(r"\\(?:boxed|fbox)\s{0,9}{", text)}
-    for match in re.finditer("[{}]", text):
+    for match in re.finditer(r"\\[\\{}]|[{}]", text):
         i = match.start()
+        if text[i] == "\\":  # \{ is a set's, and \\ ends a row
+            continue
         if text[i] == "{":
             opened.append(i)
         elif opened and (start := opened.pop()) in boxes and (last is None or start > last[0]):
             last = start, text[start + 1:i].strip()
-    return last and last[1] or None
+    # \boxed 7, as Hendrycks et al. read it
+    bare = re.findall(r"\\boxed ?([^\s${}\\.,]+)", text) if last is None else ()
+    return last and last[1] or (bare[-1] if bare else None)
 
 
 def stated(text):
@@ -69,9 +90,13 @@ def stated(text):
         return None
     # the first line that is more than delimiters
     lines = text[max(starts):max(starts) + 2000].split("\n")
-    line = next((line for line in lines if line.strip(" \t*_`$\\[]():")), "")[:1000]
-    line = re.split(r"[.?!](?:\s|$)", line)[0]  # a full stop, not the point of 3.14
-    line = re.sub(r"\*\*|__|`|\\[\[\]()]", "", line)
+    n = next((n for n, line in enumerate(lines) if line.strip(" \t*_`$\\[]():>-+")), 0)
+    line = lines[n][:1000]
+    if n:  # a list's mark, or a quotation's
+        line = re.sub(r"^[ \t]*(?:[-+*>][ \t]+)+", "", line)
+    # a full stop, not the point of 3.14, nor the mark of 5! or 11,\!111
+    line = re.split(r"[.?](?:\s|$)|(?<!\\)!\s+(?=[A-Z])", line)[0]
+    line = re.sub(r"(?<![\w)}])\*\*|\*\*(?![\w(\\])|__|`|\\[\[\]()]", "", line)
     clause = CLAUSE.split(line.strip(" \t*$.,;:"), maxsplit=1)[0]
     return clause.strip(" \t*$.,;:") or None
 
@@ -100,7 +125,7 @@ def decide(gold, pred):
     integers = re.fullmatch(r"-?\d+", a) and re.fullmatch(r"-?\d+", b)
     # 52_8 is not 52_9, nor 52: math-verify drops the base. What is asked for is the notation, so
     # 42 is not 52_8 either.
-    in_a_base = re.fullmatch(r"[\dA-F]+_\w+", a) or re.fullmatch(r"[\dA-F]+_\w+", b)
+    in_a_base = any(re.fullmatch(r"-?[\dA-F.]+_\w+", s) for s in (a, b))
     # No answer has 1,000 characters, and parsing one would take up the time limit.
     if a == b or integers or in_a_base or not 0 < len(b) <= 1000:
         return a == b
@@ -200,19 +225,53 @@ def math_equal(gold, pred):
 
 
 def plain(text):
-    return re.sub(r"[^\w]", "", normalise(text)).casefold()
+    # -5 or more is not 5 or more
+    return re.sub(r"(?![-+.:/^<>=]\s?[\d\\])[^\w]", "", normalise(text)).casefold()
 
 
 def comparable(gold, pred):
-    """Two numbers below 0.01 -> the same times a power of ten: math-verify rounds to 6 decimals,
-    and 1.2e-6 would be 1.3e-6."""
+    """Numbers below 0.01 -> the same times a power of ten: math-verify rounds to 6 decimals, and
+    1.2e-6 would be 1.3e-6. In pairs, sets, intervals and matrices all numbers get the same factor.
+    """
     import sympy
 
-    numbers = [x for x in (*gold[:1], *pred[:1]) if isinstance(x, sympy.Expr)]
-    if len(numbers) == 2 and all(x.is_number and x.is_finite is not False for x in numbers):
-        # a hidden zero, such as sqrt(2) sqrt(3) - sqrt(6), is not comparable
-        size = max(abs(x.evalf(15)) if x.is_comparable else 0 for x in numbers)
-        if 0 < size < 0.01:
-            scale = 10 ** -int(sympy.floor(sympy.log(size, 10)) + 2)
-            return [[x.doit() * scale] for x in numbers]
+    sizes = [[size for size in map(magnitude, numbers(x)) if size] for x in (gold[:1], pred[:1])]
+    if all(sizes) and 0 < (least := min(map(min, sizes))) < 0.01:
+        if all(isinstance(x, sympy.Expr) for x in (gold[0], pred[0])):
+            least = max(map(max, sizes))  # one of them may be a little below the other's power
+        if least < 0.01:
+            scale = 10 ** -int(sympy.floor(sympy.log(least, 10)) + 2)
+            return [[scaled(x[0], scale)] for x in (gold, pred)]
     return gold, pred
+
+
+def containers():
+    import sympy
+    from sympy.sets import FiniteSet, Interval, Union
+
+    return sympy.Tuple, FiniteSet, Interval, Union, sympy.MatrixBase
+
+
+def numbers(x):
+    """The numbers that a value or a container holds."""
+    import sympy
+
+    if isinstance(x, (list, *containers())):
+        items = x.flat() if isinstance(x, sympy.MatrixBase) else getattr(x, "args", x)
+        return [number for item in items for number in numbers(item)]
+    return [x] if isinstance(x, sympy.Expr) and x.is_number and x.is_finite is not False else []
+
+
+def magnitude(x):
+    # a hidden zero, such as sqrt(2) sqrt(3) - sqrt(6), is not comparable
+    return abs(x.evalf(15)) if x.is_comparable else 0
+
+
+def scaled(x, scale):
+    import sympy
+
+    if isinstance(x, sympy.MatrixBase):
+        return x.applyfunc(lambda item: scaled(item, scale))
+    if isinstance(x, containers()):
+        return x.func(*(scaled(item, scale) for item in x.args))
+    return x.doit() * scale if numbers(x) else x

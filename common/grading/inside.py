@@ -60,8 +60,19 @@ def encode(value):
         return {"t": "bytes", "v": value.hex()}
     if type(value).__module__ == "numpy" and hasattr(value, "tolist"):
         return encode(value.tolist())
+    number = simplest(value) if type(value).__module__ in ("fractions", "decimal") else None
+    if number is not None:
+        return encode(number)
     text = re.sub(r" at 0x[0-9a-f]+", "", f"{type(value).__name__} {value!r}")
     return {"t": "object", "v": text[:1000]}
+
+
+def simplest(value):
+    """The int or float that equals a Fraction or a Decimal, as Python compares them, else None."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError, OverflowError):
+            if value == kind(value):
+                return kind(value)
 
 
 def plain(code, digits=17):
@@ -140,7 +151,7 @@ def dumpable(yes):
 def contest_names():
     """The names that contest graders lend to a program, as LiveCodeBench and APPS do."""
     modules = ("string re datetime collections heapq bisect copy math random statistics itertools "
-               "functools operator io json typing").split()
+               "functools operator io sys json typing").split()
     # the builtins after them: pow(a, b, mod) is not math's; and `copy` is the module
     lines = [f"from {name} import *" for name in [*modules, "builtins"]]
     lines += [f"import {name}" for name in [*modules, "sys", "time", "fractions"]]
@@ -216,6 +227,8 @@ def child(mode, names):
             run_calls(request, results, mode, names)
         if "multiprocessing" in sys.modules:
             atexit._run_exitfuncs()  # they end its pools
+            if tracker := sys.modules.get("multiprocessing.resource_tracker"):
+                tracker._resource_tracker._stop()  # it would end by itself, but later
         os._exit(0)  # threads have no say
     except MemoryError:
         os._exit(77)
@@ -229,6 +242,7 @@ def load(request, name, names):
     space = space.__dict__
     if request["contest"]:
         sys.setrecursionlimit(50_000)
+        names.update(stdin=sys.stdin, stdout=sys.stdout, stderr=sys.stderr)
         space.update((k, v) for k, v in names.items() if not k.startswith("__"))
         if "np." in request["code"]:  # APPS lends it, where it is installed
             with contextlib.suppress(ImportError):

@@ -16,14 +16,18 @@ import re
 SIGNS = {"−": "-", "–": "-", "×": r"\cdot ", "·": r"\cdot ", "÷": "/", "π": r"\pi ",
          "∞": r"\infty ", "√": r"\sqrt ", "≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ",
          "∅": r"\emptyset ", "∪": r"\cup ", "∈": r"\in ", "°": r"^\circ ", "²": "^2", "³": "^3",
+         "º": r"^\circ ", "…": r"\ldots ", "...": r"\ldots ",
          "½": r"\frac{1}{2}", "¼": r"\frac{1}{4}", "¾": r"\frac{3}{4}",
          **dict.fromkeys("\u00a0\u2009\u202f", " ")}  # spaces that do not break, or are thin
 SYNONYMS = [(r"\\(?:left|right|displaystyle|big|Big|bigg|Bigg)(?![a-zA-Z])", ""),
             (r"\\[dtc]frac(?![a-zA-Z])", r"\\frac"), (r"\\varnothing", r"\\emptyset"),
             (r"\\(?:degree|textdegree)(?![a-zA-Z])|\^\s*{\s*\\circ\s*}", r"^\\circ"),
-            (r"\\{\s*\\}", r"\\emptyset"), (r"\\%", "%"), (r"\\[\[\]()]", "")]
+            (r"\\dots[a-z]?(?![a-zA-Z])", r"\\ldots"), (r"\\{\s*\\}", r"\\emptyset"), (r"\\%", "%"),
+            (r"\\[\[\]()]", ""), (r"\\hspace\*?\s*{[^{}]*}", " "),
+            (r"\\pounds(?![a-zA-Z])", "£"), (r"\s+", " ")]
 # 52_8, (52)_{8}, 52_{\\text{eight}} without its dress, 52 (base 8)
-BASE = re.compile(r"^\(?([\dA-Fa-f]+)\)?\s?(?:_|\(?base)\s?{?\(?(?:base )?(\w+)\)?}?\)?$")
+BASE = re.compile(r"^(-?)\(?([\dA-Fa-f.]+)\)?\s?(?:_|\(?(?:in )?base)\s?{?\(?(?:base ?)?(\w+)"
+                  r"\)?}?\)?$")
 DRESS = re.compile(r"\\(?:text|textbf|textit|textrm|textnormal|mathrm|mbox|rm)\s*{([^{}]*)}")
 
 
@@ -38,7 +42,8 @@ def normalise(answer):
     s = DRESS.sub(r"\1", clean(answer))
     s = re.sub(r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}", s).replace(r"^\circ", "°")
     s = re.sub(r"(?<![0-9A-Za-z])\s+|\s+(?![0-9A-Za-z])", "", s)  # "1 1/2" is not "11/2"
-    s = BASE.sub(lambda m: f"{m[1]}_{NUMBERS.get(m[2].lower(), m[2])}", s).removesuffix("_10")
+    s = BASE.sub(lambda m: f"{m[1]}{m[2].upper()}_{NUMBERS.get(m[3].lower(), m[3])}", s)
+    s = s.removesuffix("_10")
     if re.fullmatch(r"[-+]?\d{1,999}(\.0*)?", s):  # int() refuses more than 4,300 digits
         return str(int(s.split(".")[0]))
     return s
@@ -46,11 +51,13 @@ def normalise(answer):
 
 def clean(answer):
     """Without typesetting, and with one sign for one thing."""
-    s = answer.strip().replace("{,}", ",")
+    # what can only be a thousands mark
+    s = re.sub(r"(?<=\d)(?:\{,\}|,\s*\\!\s*|\\,|\\text\{,\})(?=\d{3}(?!\d))", "", answer.strip())
+    s = s.replace("{,}", ",")
+    s = re.sub(r"(?<=[\w)}])\*\*(?=[\w({\\-])", "^", s)  # a power in Python, no Markdown
     for sign, tex in SIGNS.items():
         s = s.replace(sign, tex)
     s = re.sub(r",\s*\\!\s*", ",", s).replace(r"\!", "")
-    s = re.sub(r"(?<=\d)\\,(?=\d{3})", "", s)  # 1\,234 is a number
     s = re.sub(r"\\\$|\$|\*\*|`", "", s)  # also Markdown's marks
     s = re.sub(r"(?<!\\)\\[,;: ]|\\q?quad(?![a-zA-Z])|~", " ", s)  # \\ ends a matrix's row
     for pattern, instead in SYNONYMS:
@@ -61,12 +68,12 @@ def clean(answer):
 
 def thousands(s):
     """1,234 and 1 234 are one number; 3, 120 and (3,120) are two."""
-    if re.search(r"[(\[]|\\{", s):
+    if re.search(r"[(\[]|\\{|^{.*}$", s):
         return s
     # a list says so with a semicolon from here on: without its space it would be a number
     s = re.sub(r"(?<=\d),\s+(?=\d)", ";", s)
-    for mark in (",", " "):
-        number = rf"(?<![\d.,;])\d{{1,3}}(?:{mark}\d{{3}})+(?![\d,/]|\s*/)"
+    for mark, after in ((",", r"\d|,\d"), (" ", r"[\d,/]|\s*/")):
+        number = rf"(?<![\d.,])[1-9]\d{{0,2}}(?:{mark}\d{{3}})+(?!{after})"
         s = re.sub(number, lambda match, mark=mark: match[0].replace(mark, ""), s)
     return s
 
@@ -79,19 +86,27 @@ TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
 NUMBERS = {"zero": 0, **{word: n for n, word in enumerate(UNITS, 1)},
            **{word: 10 * n for n, word in enumerate(TENS, 2)}}
 SCALES = {"hundred": 100, "thousand": 1000, "million": 10 ** 6, "billion": 10 ** 9,
-          "trillion": 10 ** 12, "dozen": 12, "gross": 144}
+          "trillion": 10 ** 12, "dozen": 12, "gross": 144, "ten": 10, "score": 20,
+          "lakh": 10 ** 5, "crore": 10 ** 7}
 PARTS = {"half": 2, "halve": 2, "third": 3, "fourth": 4, "quarter": 4, "fifth": 5, "sixth": 6,
-         "seventh": 7, "eighth": 8, "ninth": 9, "tenth": 10, "eleventh": 11, "twelfth": 12,
+         "seventh": 7, "eighth": 8, "ninth": 9, "twelfth": 12,
+         **{f"{word}th": n for n, word in enumerate(UNITS, 1) if n in (10, 11) or n > 12},
+         **{f"{word[:-1]}ieth": 10 * n for n, word in enumerate(TENS, 2)},
          "hundredth": 100, "thousandth": 1000, "millionth": 10 ** 6, "billionth": 10 ** 9}
 # not "second": it is a time
 OPERATIONS = {"times": r"\cdot ", "plus": "+", "minus": "-", "over": "/", "divided by": "/",
-              "squared": "^2", "cubed": "^3", "factorial": "!", "percent": "%", "percentage": "%",
+              "out of": "/", "squared": "^2", "cubed": "^3", "factorial": "!",
+              "percent": "%", "percentage": "%",
               "negative": "-", "infinity": r"\infty ", "empty set": r"\emptyset "}
 FUNCTIONS = "arcsin|arccos|arctan|sinh|cosh|tanh|sin|cos|tan|cot|csc|log|ln|exp|sqrt|pi"
 # these change a value, too, in ways that are not worth a translation; the last: 3 p.m.
 CHANGES = re.compile(r"(?i)(?<![\\a-z])(?:root|power|more|less|fewer|than|choose|modulo|mod|"
-                     r"remainder|double|triple|twice|thrice|pairs?|couple|between|out|not|no|or|"
-                     r"and|to|in \d|(?<=\d)\s*'?[ap]'?\.?\s?'?m)(?![a-z])")
+                     r"remainder|double|triple|twice|thrice|pairs?|couples?|between|out|not|no|or|"
+                     r"and|to|in \d|past|before|after|ago|below|under|inverse|reciprocal|\w*fold|"
+                     r"\w*illi(?:on|ard)s?|\w+(?:teen|ie|dred|sand|ten|fif|six)ths?|nines|mil|"
+                     r"mln|bn|googol|per (?:thousand|hundred|million|billion|mille)|myriads?|"
+                     r"\w*root|cis|octal|binary|hex(?:adecimal)?|sin|cos|tan|cot|log|ln|exp|"
+                     r"(?<=\d)\s*'?[ap]'?\.?\s?'?m)(?![a-z])")
 # m for metre stands after a space: 5m is five times m
 SHORT = "cm|mm|km|dm|kg|mg|ml|mL|ft|in|lbs?|oz|yd|mi|hrs?|mph|kph|kmh|cc|sq|cu|Hz|(?<=\\s)[mgshLl]"
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
@@ -105,8 +120,11 @@ def worded(s):
     s = re.sub(names, lambda m: str(NUMBERS[m[1].lower()]), s)
     s = re.sub(r"(?i)\b(?:square )?root (?:of )?(\d+)\b", r"\\sqrt{\1}", s)
     for word, sign in OPERATIONS.items():
-        s = re.sub(rf"(?i)(?<![a-z\\]){word}\b", lambda _, sign=sign: sign, s)
-    s = re.sub(r"(?i)^(?:an?\s+)?(?=(?:half|third|dozen|hundred|million)\b)", "1 ", s)
+        # "5 times" and nothing more is a unit
+        last = r"(?!\s*$)" if sign in (r"\cdot ", "+", "-", "/") else ""
+        s = re.sub(rf"(?i)(?<![a-z\\]){word}\b{last}", lambda _, sign=sign: sign, s)
+    one = "|".join([*SCALES, *PARTS])
+    s = re.sub(rf"(?i)^(?:an?\s+)?(?=(?:{one})\b)", "1 ", s)
     scales = rf"(?i)(?<=[\d}})])[\s'-]*({'|'.join(SCALES)})s?(?![a-z])"
     s = re.sub(scales, lambda m: rf"\cdot {SCALES[m[1].lower()]}", s)
     parts = rf"(?i)(?<=[\d}})])[\s'-]*({'|'.join(PARTS)})s?(?![a-z])"
@@ -116,6 +134,7 @@ def worded(s):
 def without_unit(s):
     """A quantity -> its value, None if words are left whose part in the value nobody knows."""
     s = re.sub(r"(?i)^(?:(?:about|approximately|roughly|around|exactly|usd)\s+|[€£¥₹]\s*)", "", s)
+    s = re.sub(r"\s*[€£¥₹]$|(?<=\d)\s*\^?\s*{?\s*'?(?:st|nd|rd|th)\s*}?$", "", s)
     s = re.sub(r"[\s']+(?=%)|(?<=\\circ)\s*'?[CFK]$", "", s)  # 20 °C is 20
     # dressed words, which prepared() marks with a ', may be short; bare ones might be xyz
     word = rf"(?:'[A-Za-z]+|(?:(?<=\s)[A-Za-z]{{3,}}|[A-Za-z]{{4,}}|(?:{SHORT})(?![A-Za-z])))"
@@ -125,6 +144,8 @@ def without_unit(s):
         s = match[1]
     s = s.replace("'", "")
     bare = re.sub(r"\\(?:begin|end|operatorname|math[a-z]+)\s*{[^{}]*}|\\[a-zA-Z]+", " ", s)
+    if re.search(r"\\[lc]?dots|\\dots[a-z]?|\d\)?\s*_", s):  # left out; in a base: dropped there
+        return None
     return None if CHANGES.search(bare) or re.search(r"[A-Za-z]{4,}", bare) else s
 
 
@@ -207,12 +228,17 @@ def exact_decimals(s):
 def prepared(answer):
     """An answer -> LaTeX that math-verify reads as it is meant, or None: it is prose."""
     def marked(match):  # each word of \text{...} gets a ' in front: it is no product of letters
-        return " " + re.sub(r"(?<![\\A-Za-z])([A-Za-z]+)", r"'\1", match[1]) + " "
+        # but \mathrm{e} and \mathrm{i} are values
+        return " " + re.sub(r"(?<![\\A-Za-z])(?!(?:i|e|pi)(?![a-z]))([A-Za-z]+)", r"'\1",
+                            match[1]) + " "
     s = DRESS.sub(marked, clean(answer))
     s = re.sub(r"'(and|or)\b", r"\1", s)
+    # two and a half
+    s = re.sub(rf"(?i)(?<=\w)\s+and\s+'?(?:an?|one)\s+'?({'|'.join(PARTS)})\b",
+               lambda m: rf"\frac{{1}}{{{PARTS[m[1].lower()]}}}", s)
     items = []
     # an "and" between two values makes a list; other ones belong to a unit
-    for item in re.split(r"\s*(?:;|,?\s(?:and|or)\s(?=.*[\d\\=]))\s*", s):
+    for item in re.split(r"\s*(?:;|(?:,\s*)?\s(?:and|or)\s(?=.*[\d\\=]))\s*", s):
         item = exact_decimals(worded(item))
         item = re.sub(rf"(?<![\\a-zA-Z'])({FUNCTIONS})(?![a-zA-Z])", r"\\\1", item.strip())
         items.append(without_unit(item))

@@ -5,7 +5,7 @@ import re
 import warnings
 
 FENCE = re.compile(r"([ \t>]*)(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)?(`{3,}|~{3,})[ \t]*([^`\n]*)$")
-PYTHON = ("python", "py", "python3", "pycon", "ipython")
+PYTHON = re.compile(r"(?:lang(?:uage)?=)?(?:py|ipython)")
 
 
 def fenced_blocks(text):
@@ -22,10 +22,13 @@ def fenced_blocks(text):
         opening = FENCE.match(line.rstrip())
         if fence is None:
             if opening:
+                quotes = re.compile(rf"(?:[ \t]*>[ ]?){{0,{opening[1].count('>')}}}")
+                opening = FENCE.match(line.rstrip()[quotes.match(line).end():])
                 # a list marker before the fence is part of the block's indent
                 indent, fence = opening.start(2), opening[2]
                 blocks.append((opening[3].split(" ")[0].strip("{}.").lower(), []))
             continue
+        line = line[quotes.match(line).end():]  # a block in a quotation
         bare = line.strip()
         closes = len(bare) >= len(fence) and not bare.strip(fence[0])
         if closes and len(line) - len(line.lstrip()) <= indent + 3:
@@ -54,15 +57,18 @@ def extract_code(text, problem):
     benchmarks with a prompt are sanitized as evalplus does, unless the problem's meta["sanitize"]
     is False.
     """
-    text = text.removeprefix("\ufeff")
+    _, _, text = text.removeprefix("\ufeff").rpartition("</think>")
     meta, name = problem.meta, (problem.tests or {}).get("entry") or ""
     word = re.escape(name)
-    defines = re.compile(rf"^[ \t]*(?:async +)?(?:def|class) +{word}\b|^{word}[ \t]*=", re.M)
+    defines = re.compile(rf"^[ \t]*(?:async +)?(?:def|class) +{word}\b"
+                         rf"|^{word}[ \t]*(?::[^=\n]+)?=", re.M)
     blocks = fenced_blocks(text)
+    # a block that is tagged as another language is none, unless there is nothing else
+    blocks = [block for block in blocks if not block[0] or PYTHON.match(block[0])] or blocks
     codes = [code for _, code in blocks]
     candidates = (
         name and [code for code in codes if defines.search(code)]
-        or [code for tag, code in blocks if tag in PYTHON]
+        or [code for tag, code in blocks if PYTHON.match(tag)]
         or list(filter(is_program, codes))
         # an unfenced program, and a stray fence after it
         or list(filter(is_program, [text.split("```")[0]]))

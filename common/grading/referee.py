@@ -4,6 +4,7 @@ sandbox.py sends this file's text along with that of inside.py.
 """
 import ast
 import builtins
+import contextlib
 import functools
 import importlib
 import math
@@ -13,7 +14,8 @@ import unittest
 from os.path import isfile  # tests patch os.path
 
 COMPARING = [f"__{name}__" for name in "eq ne lt le gt ge sub rsub abs bool contains hash "
-             "getattribute instancecheck round float int complex array".split()]
+             "getattribute instancecheck round float int complex array array_ufunc array_function "
+             "class".split()]
 # methods of C, which no Python program can write
 NATIVE = (type(int.__eq__), type(dict.__contains__), type(None))
 
@@ -30,12 +32,24 @@ class Referee:
         self.request = request
         # 60 ms: only where it is needed
         self.mock = importlib.import_module("unittest.mock") if "mock" in request["test"] else None
-        self.modules = dict(sys.modules)
+        self.dataclass = importlib.import_module("dataclasses").make_dataclass
         tree = ast.parse(request["test"])
+        imported = set()  # what the tests import is there before the program
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+            elif isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+        for name in imported:
+            with contextlib.suppress(Exception):
+                importlib.import_module(name)
+        self.modules = dict(sys.modules)
         self.code = compile(tree, "<tests>", "exec")
         self.used = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
-        judges = [builtins, os, math, unittest.TestCase, unittest.TestSuite, unittest.TestLoader]
-        judges += [m for name, m in self.modules.items() if name.startswith("unittest")]
+        judges = [builtins, os, os.path, math, unittest.TestCase, unittest.TestSuite,
+                  unittest.TestLoader]
+        judges += [m for name, m in self.modules.items()
+                   if name.startswith("unittest") or name in imported]
         # of modules only what can be called: mock_open() sets a variable of unittest.mock
         self.before = []
         for thing in judges:
@@ -88,7 +102,7 @@ class Referee:
         if depth > 50 or kind in (int, float, str, bool, type(None)):
             return
         for owner in kind.__mro__[:-1]:
-            if not all(self.known(vars(owner).get(name), owner) for name in COMPARING):
+            if not all(self.known(name, vars(owner).get(name), owner) for name in COMPARING):
                 raise TypeError("a result that redefines what comparing means")
         if isinstance(value, dict):
             value = [*value.keys(), *value.values()]
@@ -96,12 +110,20 @@ class Referee:
             for item in value:
                 self.honest(item, depth + 1)
 
-    def known(self, method, owner):
+    def known(self, name, method, owner):
         """Not written by the program? By the file it was compiled from: a class may lie on this."""
-        file = getattr(getattr(method, "__code__", None), "co_filename", "<")
+        method = getattr(method, "fget", method)
+        code = getattr(method, "__code__", None)
+        file = getattr(code, "co_filename", "<")
         if file.endswith("mock.py"):  # ANY equals everything
             return self.mock is not None and owner is not type(self.mock.ANY)
         if self.mock and type(method) is self.mock.MagicProxy or type(method) in NATIVE:
-            return True
-        dataclass = file == "<string>" and "__dataclass_fields__" in vars(owner)
-        return dataclass or isfile(file)
+            # `__eq__ = int.__ge__` is another's
+            return getattr(method, "__name__", name) == name
+        if code and file == "<string>" and "__dataclass_fields__" in vars(owner):
+            fields = [f.name for f in vars(owner)["__dataclass_fields__"].values() if f.compare]
+            twin = vars(self.dataclass("Twin", fields, order=True, frozen=True)).get(name)
+            return twin and (code.co_code, code.co_names) == (
+                twin.__code__.co_code, twin.__code__.co_names)
+        # Mapping is compiled into Python
+        return isfile(file) or file == "<frozen _collections_abc>"

@@ -98,6 +98,7 @@ def unshare(uid):
         ": > dev/null; : > dev/zero; : > dev/urandom; : > dev/random",
         f"cp -dR {etc} etc; cp -dR /dev/fd /dev/std* dev; cp -dR {' '.join(links)} .",
         "echo '" + "\n".join(table) + "' > etc/fstab; mount -n -a -T etc/fstab || exit 97",
+        "ip link set lo up 2>/dev/null",  # bwrap does so, too: programs may talk to themselves
         f'mount -n -o remount,bind,ro,nosuid {ROOT}; exec chroot {ROOT} "$@"',
     ])
     spaces = ["--mount", "--pid", "--fork", "--ipc", "--net", "--uts"]
@@ -166,6 +167,8 @@ class Spawner:
                 start_new_session=True, bufsize=0, pass_fds=[write])
             os.close(write)
             self.status = os.fdopen(status, "rb", buffering=0)
+            with contextlib.suppress(PermissionError):  # else /dev/stdout cannot be opened
+                os.fchown(self.process.stdout.fileno(), uid, uid)
             LIVE.add(self)
             if self.status.readline() != b"ready\n":
                 self.stop()
