@@ -2,7 +2,7 @@
 # The whole paper in miniature, on a laptop's CPU: annotate, train, search, evaluate, compare. From the shipped
 # language models to every figure and table, in runs/tiny (or $RUN). Stop it and start it again: what is done stays.
 #
-#   bash recipes/tiny.sh                  # on two busy cores: label 19 minutes, train 78, Figures 4 and 5 an hour, the rest 29
+#   bash recipes/tiny.sh                  # on two busy cores: label 19 minutes, train 78, figures and tables 29, but Figures 4 and 5 (not timed)
 #   bash recipes/tiny.sh --fast           # fewer problems, samples and training runs, wider intervals: 6 minutes
 #   bash recipes/tiny.sh --from-nothing   # makes the language models first (hours)
 set -euo pipefail
