@@ -126,20 +126,22 @@ def running():
 
 
 def children_of(pid, deep=True):
-    """Those of running() that are below a process: other judges may be at work on this machine."""
-    found = []
-    for p in running():
-        above = p
-        while above > 1 and above != pid:
-            try:
-                above = int(Path(f"/proc/{above}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                break
-            if not deep:
-                break
+    """Those of running() that a process has started, and theirs: other judges may be at work on this machine."""
+    judges, found = set(running()), []
+    for p in judges:
+        try:
+            above = parent(p)
+            while deep and above in judges:
+                above = parent(above)
+        except OSError:
+            continue  # ended meanwhile
         if above == pid:
             found.append(p)
     return found
+
+
+def parent(pid):
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 def kind_of(kind):

@@ -235,7 +235,7 @@ def comparable(gold, pred):
     """
     import sympy
 
-    sizes = [[size for size in map(magnitude, numbers(x)) if size] for x in (gold[:1], pred[:1])]
+    sizes = [list(filter(None, map(magnitude, numbers(x)))) for x in (gold[:1], pred[:1])]
     if all(sizes) and 0 < (least := min(map(min, sizes))) < 0.01:
         if all(isinstance(x, sympy.Expr) for x in (gold[0], pred[0])):
             least = max(map(max, sizes))  # one of them may be a little below the other's power
@@ -258,7 +258,7 @@ def numbers(x):
 
     if isinstance(x, (list, *containers())):
         items = x.flat() if isinstance(x, sympy.MatrixBase) else getattr(x, "args", x)
-        return [number for item in items for number in numbers(item)]
+        return list(chain.from_iterable(map(numbers, items)))
     return [x] if isinstance(x, sympy.Expr) and x.is_number and x.is_finite is not False else []
 
 
