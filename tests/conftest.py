@@ -78,6 +78,8 @@ def _rank(rank, ranks, port, function, args, output):
                           MASTER_PORT=str(port))
     torch.set_num_threads(1)
     sys.stdout = sys.stderr = open(output, "a", buffering=1)
+    for number in (1, 2):  # of the processes that it starts
+        os.dup2(sys.stdout.fileno(), number)
     function(*args)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -163,7 +163,8 @@ def verdict(code, kind="call", **tests):
 def test_hostile_program(name, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(judge, "TOTAL", 0.3)
     monkeypatch.setenv("SECRET", "42")
-    if name in ("opens a socket", "writes elsewhere") and sandbox.sandbox()[1] != "namespaces":
+    outside = ("opens a socket", "writes elsewhere", "leaves a daemon")
+    if name in outside and sandbox.sandbox()[1] != "namespaces":
         pytest.skip("no namespaces: the warning and the docstring say so")
     tmp_path.chmod(0o777)
     problem, good = kind_of(kind)

@@ -219,7 +219,8 @@ add_run_flags(parser)
 parser.parse_args(sys.argv[1:])
 with parser:
     print("started", flush=True)
-    time.sleep(60)
+    for _ in range(600):  # a signal may wake another thread
+        time.sleep(0.1)
 """
 
 
