@@ -102,6 +102,11 @@ def ahead(job):
     return result
 
 
+def pytest_collection_modifyitems(items):
+    """The tests that wait for such a job come last."""
+    items.sort(key=lambda item: not AHEAD.keys().isdisjoint(item.fixturenames))
+
+
 def pytest_collection_finish(session):
     wanted = set(chain.from_iterable(item.fixturenames for item in session.items))
     names = [name for name in AHEAD if name in wanted]  # in the order of the files
