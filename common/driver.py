@@ -31,7 +31,7 @@ class Request:
 
 @dataclass(eq=False)
 class Search:
-    """One problem's search and its account."""
+    """One problem's search and its account. A batch's costs are shared out by generated tokens."""
     root: object
     strategy: object
     options: dict
@@ -141,7 +141,7 @@ def answer(batch, whole, policy, prms):
     groups = iter(groups)
     answers = [list(islice(groups, len(search.request.nodes))) for search in batch]
     tokens = [search.book(groups) for search, groups in zip(batch, answers)]
-    for search, groups, new in zip(batch, answers, tokens):  # by generated tokens
+    for search, groups, new in zip(batch, answers, tokens):
         for name, amount in cost.items():
             search.cost[name] += amount * new / max(1, sum(tokens))
         search.advance(groups)

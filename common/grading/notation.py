@@ -144,7 +144,7 @@ def without_unit(s):
         s = match[1]
     s = s.replace("'", "")
     bare = re.sub(r"\\(?:begin|end|operatorname|math[a-z]+)\s*{[^{}]*}|\\[a-zA-Z]+", " ", s)
-    if re.search(r"\\[lc]?dots|\\dots[a-z]?|\d\)?\s*_", s):  # left out; in a base: dropped there
+    if re.search(r"\\[lc]dots|\d\)?\s*_", s):  # left out; in a base: math-verify drops both
         return None
     return None if CHANGES.search(bare) or re.search(r"[A-Za-z]{4,}", bare) else s
 
