@@ -275,6 +275,7 @@ CHEATS = {
                           "unittest.defaultTestLoader.getTestCaseNames = lambda *a: []\ndef f(x): return 0",
     "the loader's class": "import unittest\nunittest.TestLoader.testMethodPrefix = 'none'\ndef f(x): return 0",
     "unittest.case": "import unittest.case\nunittest.case._Outcome = None\ndef f(x): return 0",
+    "the judge's own names": LIAR + "import __main__\n__main__.COMPARING = []\ndef f(x): return E()",
     "another type's ==": "class E(int): __eq__ = int.__ge__\ndef f(x): return E(9)",
     "a dataclass and exec": "from dataclasses import dataclass\n@dataclass\nclass E:\n    a: int\nspace = {}\n"
                             "exec('def g(s, o): return True', space)\nE.__eq__ = space['g']\ndef f(x): return E(0)",
